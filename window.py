@@ -1,0 +1,237 @@
+"""One window of passages: how it is shown to the model, how the reply is read, how it slides.
+
+A listwise ranker sees few passages at once (20), and a query has many (100). So the window moves
+from the last candidates to the first, overlapping, and carries the best ones along:
+
+    candidates   0 ........ 10 ........ 20   ...   70 ........ 80 ........ 90 ....... 99
+    1st window                                                 [----------------------]
+    2nd window                                     [----------------------]
+      ...
+    9th window   [----------------------]
+
+Nothing here knows a model. A ranker is a generator: it yields the windows it wants answered and
+is sent the answers; `run_rankers` keeps the rankers of many queries going at once.
+"""
+
+import re
+import tomllib
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+PROMPTS = Path(__file__).parent / "prompts"
+LISTWISE_PROMPT = PROMPTS / "listwise.toml"
+
+# ---------------------------------------------------------------------------- the conversation
+
+OPENING_TURNS = 3
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The text of every turn, with {query}, {n}, {i} and {text} to be filled in."""
+
+    reasoning: bool  # whether the response reasons in <think> and answers in <answer>
+    max_chars: int  # characters of each passage that are shown
+    system: str
+    opening: str  # user: what is coming, the query, the form of the answer
+    ready: str  # assistant: asks for the passages
+    passage: str  # user, one turn a passage
+    received: str  # assistant, after each passage
+    request: str  # user: the query again, and what to do now
+
+
+def load_prompt(path: str | Path) -> Prompt:
+    """Read a prompt from a TOML file that sets every field of `Prompt` and no other key.
+
+    Raises ValueError, naming the file and the key, where one is missing, unknown or of another
+    type, or where the passages' text or the query would never be shown.
+    """
+    try:
+        settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a TOML file: {error}") from None
+    for field in fields(Prompt):
+        if type(settings.get(field.name)) is not field.type:
+            raise ValueError(f"{path}: expected {field.name} = a {field.type.__name__}")
+    if unknown := settings.keys() - {field.name for field in fields(Prompt)}:
+        raise ValueError(f"{path}: unknown key {sorted(unknown)[0]!r}")
+    prompt = Prompt(**settings)
+    if prompt.max_chars < 1:
+        raise ValueError(f"{path}: max_chars must be at least 1")
+    if "{text}" not in prompt.passage:
+        raise ValueError(f"{path}: passage lacks {{text}}, so no passage would be shown")
+    if "{query}" not in prompt.opening + prompt.request:
+        raise ValueError(f"{path}: neither opening nor request holds {{query}}")
+    return prompt
+
+
+def conversation(query: str, passages: Sequence[str], prompt: Prompt) -> list[dict[str, str]]:
+    """The chat messages ({"role", "content"}) that ask for a ranking of `passages`.
+
+    The turns before the first passage (`OPENING_TURNS` of them) are the same for every window
+    of this size over a query, so a model need read them only once.
+    """
+
+    def fill(template: str, **values) -> str:
+        # One pass, so that a query or passage which itself holds "{n}" stays as it is.
+        values |= {"query": query, "n": len(passages)}
+        return re.sub(r"\{(\w+)\}", lambda m: str(values.get(m[1], m[0])), template)
+
+    messages = [
+        {"role": "system", "content": fill(prompt.system)},
+        {"role": "user", "content": fill(prompt.opening)},
+        {"role": "assistant", "content": fill(prompt.ready)},
+    ]
+    for i, passage in enumerate(passages, start=1):
+        text = " ".join(passage.split())[: prompt.max_chars]
+        messages.append({"role": "user", "content": fill(prompt.passage, i=i, text=text)})
+        messages.append({"role": "assistant", "content": fill(prompt.received, i=i)})
+    messages.append({"role": "user", "content": fill(prompt.request)})
+    return messages
+
+# -------------------------------------------------------------------------------- the response
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+LABEL = re.compile(r"\[\s*([0-9]{1,9})\s*\]")
+RANKING = re.compile(r"\s*\[[0-9]+\](?:\s*>\s*\[[0-9]+\])*\s*")
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A response, read."""
+
+    order: list[int]  # 0-based positions in the window, best first; each exactly once
+    tags: bool  # think and answer tags are there, each once, in order (r_format1)
+    listed: bool  # the answer is nothing but [i] > [j] > ... (r_format2)
+    malformed: bool  # no answer could be read, so the order is the given one
+    reasoning: str
+
+
+def split_response(completion: str) -> tuple[str, str | None]:
+    """What stands before and after the last </think>: the reasoning, and the reply.
+
+    The reply is None where the reasoning never ends: a label in there is a thought, no answer.
+    """
+    reasoning, closed, reply = completion.rpartition("</think>")
+    if closed:
+        return reasoning.replace("<think>", "", 1).strip(), reply
+    reply, opened, reasoning = completion.partition("<think>")
+    return reasoning.strip(), None if opened else reply
+
+
+def well_tagged(completion: str) -> bool:
+    """Whether think and answer tags are all there, each once, in order."""
+    places = [completion.find(tag) for tag in TAGS]
+    return places == sorted(places) and all(completion.count(tag) == 1 for tag in TAGS)
+
+
+def parse_ranking(completion: str, n: int, reasoning: bool = True) -> Parsed:
+    """Read the ranking of n passages out of a response. Never raises; linear in its length.
+
+    A label is a number in square brackets. Inside the answer, labels outside 1..n and repeated
+    ones are dropped, and the passages left out follow in given order; an answer without a label
+    in range is malformed, and keeps the given order. With `reasoning` the answer stands in its
+    tags (one that the length limit cut off counts as far as it goes); without, as a zero-shot
+    prompt asks, the tags may be left out. Reasoning never ranks.
+
+    For n = 3, with reasoning:
+        <think>..</think> <answer>[3] > [1]</answer>     -> 3 1 2
+        <think>..</think> <answer>[2] [2] [9] > [1]      -> 2 1 3, neither tags nor listed
+        <think>..</think> <answer> [0] [999] 3 </answer> -> 1 2 3, malformed: no label in range
+        <think> I prefer [3] to [1]                      -> 1 2 3, malformed: cut off
+        [3] > [2] > [1]                                  -> 1 2 3, malformed: no tags
+    """
+    thought, reply = split_response(completion)
+    _, opened, answer = (reply or "").partition("<answer>")
+    answer, closed, _ = answer.partition("</answer>")
+    if not opened and not reasoning:
+        answer = closed = reply or ""
+    labels = (int(label) - 1 for label in LABEL.findall(answer))
+    ranked = list(dict.fromkeys(i for i in labels if 0 <= i < n))
+    return Parsed(
+        order=ranked + sorted(set(range(n)) - set(ranked)),
+        tags=well_tagged(completion),
+        listed=bool(closed and RANKING.fullmatch(answer)),
+        malformed=not ranked,
+        reasoning=thought,
+    )
+
+
+# --------------------------------------------------------------------------------- the sliding
+
+# A ranker of n candidates. It yields batches of windows, each a list of 0-based candidates in the
+# order to show them; is sent one answer per window, each a list of positions in that window, best
+# first; and returns all n candidates, best first.
+Ranker = Generator[list[list[int]], list[list[int]], list[int]]
+
+
+def windows(n: int, size: int = 20, step: int = 10) -> list[tuple[int, int]]:
+    """The (start, end) of each window over n candidates, in the order they are ranked.
+
+    From the bottom to the top; every candidate is covered, and the last window always starts at
+    0, with more overlap where the step does not divide. n <= size is one window, n = 0 none.
+    """
+    if size < 2:
+        raise ValueError(f"a window of {size} cannot rank: window_size must be at least 2")
+    if not 1 <= step <= size:
+        raise ValueError(f"step_size must be 1 to window_size ({size}), not {step}: a larger one "
+                         "would skip candidates")
+    starts = [*range(n - size, 0, -step), 0]
+    return [(start, min(start + size, n)) for start in starts] if n else []
+
+
+def slide(n: int, size: int = 20, step: int = 10) -> Ranker:
+    """The listwise ranker: one window at a time, from the bottom to the top."""
+    order = list(range(n))
+    for start, end in windows(n, size, step):
+        given = order[start:end]
+        (answer,) = yield [given]
+        order[start:end] = [given[position] for position in answer]
+    return order
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the programs ask of a task; the conversation is in its prompt file."""
+
+    prompt: Path  # the default prompt
+    parse: Callable[..., Parsed]  # (completion, n, reasoning) -> Parsed
+    reward: Callable[..., float]  # (parsed, grades, judged, ...) -> reward
+    ranker: Callable[..., Ranker]  # (n, settings) -> Ranker
+
+
+def run_rankers(
+    rankers: Iterable[Ranker],
+    submit: Callable[[tuple[int, int], list[int]], None],
+    collect: Callable[[], Iterable[tuple[tuple[int, int], list[int]]]],
+    done: Callable[[int, list[int]], None],
+) -> None:
+    """Drive many rankers at once; each goes on as soon as its own windows are answered.
+
+    submit(ticket, given): queue one window; ticket = (index of the ranker, index in its batch).
+    collect(): wait for at least one queued window; the (ticket, answer) of those now finished.
+    done(index, order): one ranker's final order, as soon as it is known.
+    """
+    rankers = list(rankers)
+    waiting: dict[int, dict[int, list[int]]] = {}  # answers so far, by ranker and window
+    expected: dict[int, int] = {}
+
+    def advance(index: int, answers: list[list[int]] | None) -> None:
+        try:
+            batch = rankers[index].send(answers)
+        except StopIteration as finished:
+            done(index, finished.value)
+            return
+        waiting[index], expected[index] = {}, len(batch)
+        for place, given in enumerate(batch):
+            submit((index, place), given)
+
+    for index in range(len(rankers)):
+        advance(index, None)
+    while waiting:
+        for (index, place), answer in collect():
+            waiting[index][place] = answer
+            if len(waiting[index]) == expected[index]:
+                answers = waiting.pop(index)
+                advance(index, [answers[place] for place in range(expected[index])])
