@@ -1,0 +1,173 @@
+"""The shared-prompt engine against the plain model: padded batches, and `model.generate`."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from shared_prompt import Group, Policy, Request, Sampler, draw, pack_row, response_logprobs
+
+VOCAB = 50
+
+
+def tiny_lm(seed: int = 0, heads: int = 4, kv_heads: int = 2) -> Qwen2ForCausalLM:
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=512,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    lm = Qwen2ForCausalLM(config).eval()
+    for parameter in lm.parameters():  # large enough that no gradient drowns in rounding
+        torch.nn.init.normal_(parameter, std=0.3)
+    return lm
+
+
+def naive_logprobs(lm, groups: list[Group], temperature: float) -> torch.Tensor:
+    """[R, C] from the unmodified model over a right-padded batch of whole sequences."""
+    sequences = [(g.prompt, r) for g in groups for r in g.responses]
+    width = max(len(p) + len(r) for p, r in sequences)
+    longest = max(len(r) for _, r in sequences)
+    ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    attend = torch.zeros_like(ids)
+    for row, (p, r) in enumerate(sequences):
+        ids[row, : len(p) + len(r)] = torch.tensor([*p, *r])
+        attend[row, : len(p) + len(r)] = 1
+    logits = lm(ids, attention_mask=attend).logits / temperature
+    out = torch.zeros(len(sequences), longest)
+    for row, (p, r) in enumerate(sequences):
+        steps = logits[row, len(p) - 1 : len(p) + len(r) - 1].log_softmax(-1)
+        out[row, : len(r)] = steps[torch.arange(len(r)), torch.tensor(r)]
+    return out
+
+
+tokens = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=24)
+group = st.builds(Group, tokens, st.lists(tokens, min_size=1, max_size=5))
+
+
+@given(
+    groups=st.lists(group, min_size=1, max_size=3),
+    temperature=st.sampled_from([1.0, 0.7]),
+    heads=st.sampled_from([(4, 2), (4, 1), (2, 2)]),
+    chunk=st.sampled_from([3, 1024]),
+)
+@settings(max_examples=40, deadline=None)
+def test_logprobs_and_every_gradient_equal_the_plain_model(groups, temperature, heads, chunk):
+    plain, ours = tiny_lm(0, *heads), Policy(tiny_lm(0, *heads))
+    expected = naive_logprobs(plain, groups, temperature)
+    row = pack_row(groups)
+    got = ours(response_logprobs, row, temperature, chunk)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    (expected * weights).sum().backward()
+    (got * weights).sum().backward()
+    # A gradient that is zero in truth (one key: no query matters) is rounding noise in both.
+    floor = 1e-2 * torch.stack([p.grad.norm() for p in plain.parameters()]).norm()
+    for (name, a), b in zip(plain.named_parameters(), ours.lm.parameters()):
+        error = (a.grad - b.grad).norm() / a.grad.norm().clamp(min=floor)
+        assert error < 1e-5, (name, error)
+
+
+def test_empty_prompt_or_response_is_an_error():
+    for empty in (Group([], [[1]]), Group([1], [[1], []])):
+        with pytest.raises(ValueError, match="at least one token"):
+            pack_row([empty])
+
+
+def test_activation_checkpointing_changes_nothing():
+    groups = [Group([1, 2, 3], [[4, 5], [6]]), Group([7], [[8, 9, 10]])]
+    grads = []
+    for checkpointing in (False, True):
+        policy = Policy(tiny_lm()).train()
+        if checkpointing:
+            policy.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        policy(response_logprobs, pack_row(groups)).sum().backward()
+        grads.append([p.grad.clone() for p in policy.parameters()])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
+
+
+def collect_all(sampler: Sampler) -> dict:
+    done = {}
+    while complete := sampler.collect():
+        done.update(complete)
+    return done
+
+
+@given(
+    prompts=st.lists(st.tuples(tokens, st.integers(1, 4)), min_size=1, max_size=6),
+    max_in_flight=st.sampled_from([1, 3, 64]),
+    prefix=st.integers(0, 5),
+)
+@settings(max_examples=25, deadline=None)
+def test_greedy_sampling_equals_generate_token_for_token(prompts, max_in_flight, prefix):
+    eos, limit = [3, 4, 5], 12
+    plain = tiny_lm()
+    sampler = Sampler(
+        Policy(tiny_lm()), eos, limit, temperature=0, max_in_flight=max_in_flight
+    )
+    for i, (prompt, samples) in enumerate(prompts):
+        sampler.submit(Request(i, prompt, samples, prefix))
+    done = collect_all(sampler)
+    assert sorted(done) == list(range(len(prompts)))
+    for i, (prompt, samples) in enumerate(prompts):
+        out = plain.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=limit, do_sample=False, eos_token_id=eos, pad_token_id=0,
+        )  # fmt: skip
+        expected = out[0, len(prompt) :].tolist()
+        assert [sample.tokens for sample in done[i]] == [expected] * samples
+        assert all(sample.finished == (expected[-1] in eos) for sample in done[i])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_sampled_logprobs_equal_the_updates(temperature):
+    policy = Policy(tiny_lm())
+    sampler = Sampler(policy, [3], 30, temperature, max_in_flight=7)
+    prompts = [list(range(i, i + 3 + i)) for i in range(6)]
+    for i, prompt in enumerate(prompts):
+        sampler.submit(Request(i, prompt, samples=4, seed=(i,)))
+    done = collect_all(sampler)
+    groups = [Group(p, [s.tokens for s in done[i]]) for i, p in enumerate(prompts)]
+    row = pack_row(groups)
+    sampled = torch.cat([torch.tensor(s.logprobs) for i in range(6) for s in done[i]])
+    with torch.no_grad():
+        scored = policy(response_logprobs, row, temperature)[row.mask]
+    torch.testing.assert_close(sampled, scored, rtol=0, atol=1e-4)
+    assert len({len(s.tokens) for samples in done.values() for s in samples}) > 3
+
+
+def test_samples_depend_on_their_seed_and_not_on_the_batch():
+    def sample(seeds, max_in_flight):
+        sampler = Sampler(Policy(tiny_lm()), [3], 20, max_in_flight=max_in_flight)
+        for seed in seeds:
+            sampler.submit(Request(seed, [1, 2, seed], samples=3, seed=(0, seed)))
+        return {t: [s.tokens for s in samples] for t, samples in collect_all(sampler).items()}
+
+    together, alone = sample(range(8), 64), {}
+    for seed in reversed(range(8)):
+        alone |= sample([seed], 1)
+    assert together == alone
+    assert len({str(samples) for samples in together.values()}) == 8
+
+
+def test_draw_follows_the_distribution():
+    logits = torch.tensor([2.0, 0.0, 1.0, -torch.inf])
+    uniforms = (torch.arange(100_000) + 0.5) / 100_000
+    for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.8)):
+        p = (logits / temperature).softmax(-1)
+        if top_p < 1:  # 0.665 + 0.245 is the least that reaches 0.8
+            p = torch.tensor([p[0], 0, p[2], 0]) / (p[0] + p[2])
+        drawn, logprobs = draw(logits.expand(len(uniforms), -1), uniforms, temperature, top_p)
+        share = drawn.bincount(minlength=4) / len(drawn)
+        torch.testing.assert_close(share, p, atol=2e-5, rtol=0)
+        torch.testing.assert_close(logprobs.exp(), p[drawn])
+
+
+def test_draw_never_takes_an_impossible_token():
+    logits = torch.full((2, 8), -torch.inf)
+    logits[:, 3] = 0.0
+    drawn, _ = draw(logits, torch.tensor([0.0, 1 - 2**-24]), 1.0, 1.0)
+    assert drawn.tolist() == [3, 3]
