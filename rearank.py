@@ -1,0 +1,249 @@
+"""The reranking agent: a language model that reads a window of passages, reasons, and ranks it.
+
+    python rearank.py "how do tides work" passages.txt          # one passage a line
+    python rearank.py "how do tides work" passages.txt --model OUT --prompt my_prompt.toml
+
+From Python, for one query or thousands (all their windows share one batch):
+
+    agent = load_agent(AgentSettings(model="Qwen/Qwen2.5-7B-Instruct"))
+    reranked = rerank(agent, candidates)
+"""
+
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import is_flash_attn_2_available
+
+from data import Candidates, Passage
+from settings import parse_settings, setting
+from shared_prompt import Policy, Request, Sample, Sampler
+from tasks import TASKS
+from window import OPENING_TURNS, Parsed, Prompt, Task, conversation, load_prompt, run_rankers
+
+
+@dataclass
+class AgentSettings:
+    model: str = setting("Qwen/Qwen2.5-7B-Instruct", "Hugging Face name or folder of a causal LM")
+    task: str = setting("listwise", "what the model is asked for", choices=sorted(TASKS))
+    prompt: str = setting("", "TOML file with every turn's text; default: the task's own")
+    window_size: int = setting(20, "passages the model sees at once")
+    step_size: int = setting(10, "how far the window moves up")
+    max_new_tokens: int = setting(2048, "length limit of a response, in tokens")
+    temperature: float = setting(0.0, "sampling temperature; 0 is greedy")
+    max_in_flight: int = setting(64, "windows answered at once; more needs more memory")
+    seed: int = setting(0, "of the sampling, where the temperature is not 0")
+    dtype: str = setting("auto", "of the weights; auto: bfloat16 on a GPU, float32 on a CPU",
+                         choices=["auto", "bfloat16", "float16", "float32"])  # fmt: skip
+
+
+# ------------------------------------------------------------------------------- loading a model
+
+
+def load_lm(name: str, dtype: torch.dtype, device: torch.device):
+    """(model, tokenizer) by Hugging Face name or folder, and how it attends to a prompt."""
+    attention = "sdpa"
+    if device.type == "cuda" and dtype != torch.float32 and is_flash_attn_2_available():
+        attention = "flash_attention_2"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        lm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--model {name}: cannot be loaded: {error}") from None
+    if tokenizer.chat_template is None:
+        raise SystemExit(f"--model {name}: its tokenizer has no chat template; use a chat model")
+    print(f"{name}: {lm.num_parameters():,} parameters, {dtype}, {device}, reads prompts with "
+          + {"sdpa": "PyTorch SDPA", "flash_attention_2": "flash-attention 2"}[attention],
+          file=sys.stderr)  # fmt: skip
+    return lm.to(device), tokenizer
+
+
+def end_tokens(lm, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a response: the model's generation settings', else the tokenizer's."""
+    ends = lm.generation_config.eos_token_id
+    if ends is None:
+        ends = tokenizer.eos_token_id
+    return ends if isinstance(ends, list) else [ends]
+
+
+# ---------------------------------------------------------------------------- text to tokens
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict], generate: bool = True
+) -> list[int]:
+    """Chat messages as token ids; with `generate` up to where the assistant's reply begins.
+
+    Control tokens come from the chat template alone: one that is spelled out in a message (a
+    passage may hold <|im_end|>) is encoded as the plain text it is, so no text can end its turn.
+    """
+    controls = [t for t in tokenizer.all_special_tokens if any(t in m["content"] for m in messages)]
+    shields = {token: f"\ue000{i}\ue001" for i, token in enumerate(controls)}
+    for token, shield in shields.items():
+        messages = [m | {"content": m["content"].replace(token, shield)} for m in messages]
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generate
+        )
+    except Exception as error:  # templates raise whatever they like, through jinja
+        roles = " ".join(m["role"] for m in messages[:5])
+        raise ValueError(
+            f"the model's chat template refuses these turns ({roles} ...): {error}"
+        ) from error
+    ids: list[int] = []
+    while shields and (found := min((s for s in shields.values() if s in text), key=text.find,
+                                    default=None)):  # fmt: skip
+        before, _, text = text.partition(found)
+        token = controls[list(shields.values()).index(found)]
+        ids += tokenizer.encode(before, add_special_tokens=False)
+        ids += tokenizer.encode(token, add_special_tokens=False, split_special_tokens=True)
+    return ids + tokenizer.encode(text, add_special_tokens=False)
+
+
+def encode_window(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, query: str, passages: Sequence[str]
+) -> tuple[list[int], int]:
+    """A window's conversation as token ids, and how many of them (the turns before the first
+    passage) every other window of the query begins with too."""
+    messages = conversation(query, passages, prompt)
+    ids = encode_chat(tokenizer, messages)
+    opening = encode_chat(tokenizer, messages[:OPENING_TURNS], generate=False)
+    # Where a template ends a last turn in its own way, the tokens part a little earlier.
+    same = next((i for i, (a, b) in enumerate(zip(ids, opening)) if a != b), len(opening))
+    return ids, same
+
+
+def decode_response(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> str:
+    """A response's text, without the token that ended it."""
+    return tokenizer.decode(sample.tokens[:-1] if sample.finished else sample.tokens)
+
+
+# ------------------------------------------------------------------------------------- the agent
+
+
+@dataclass(frozen=True)
+class Agent:
+    policy: Policy
+    tokenizer: PreTrainedTokenizerBase
+    prompt: Prompt
+    task: Task
+    settings: AgentSettings
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answered window, as `rerank` reports it."""
+
+    qid: str
+    given: list[str]  # the docids in the order the model saw them
+    parsed: Parsed
+    response: str
+    tokens: int
+    cut_off: bool  # by max_new_tokens
+
+
+def load_agent(settings: AgentSettings) -> Agent:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    default = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = default if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    task = TASKS[settings.task]
+    prompt = load_prompt(settings.prompt or task.prompt)
+    lm, tokenizer = load_lm(settings.model, dtype, device)
+    return Agent(Policy(lm.eval()), tokenizer, prompt, task, settings)
+
+
+def rerank(
+    agent: Agent,
+    candidates: Sequence[Candidates],
+    on_answer: Callable[[Answer], None] = lambda answer: None,
+) -> list[Candidates]:
+    """Each query's passages in the agent's order. All queries are under way at once, and each
+    goes on to its next window as soon as its last is answered."""
+    settings, tokenizer = agent.settings, agent.tokenizer
+    sampler = Sampler(
+        agent.policy, end_tokens(agent.policy.lm, tokenizer), settings.max_new_tokens,
+        settings.temperature, max_in_flight=settings.max_in_flight,
+    )  # fmt: skip
+    shown: dict[tuple[int, int], list[int]] = {}
+    asked = 0
+
+    def submit(ticket: tuple[int, int], given: list[int]) -> None:
+        nonlocal asked
+        query = candidates[ticket[0]]
+        texts = [query.passages[i].text for i in given]
+        ids, prefix = encode_window(tokenizer, agent.prompt, query.query, texts)
+        check_length(agent.policy.lm, len(ids), settings.max_new_tokens)
+        shown[ticket] = given
+        # The seed counts a query's windows, so that no two of them draw the same numbers.
+        seed = (settings.seed, ticket[0], asked)
+        sampler.submit(Request(ticket, ids, prefix=prefix, seed=seed))
+        asked += 1
+
+    def collect():
+        for ticket, (sample,) in sampler.collect():
+            query, given = candidates[ticket[0]], shown.pop(ticket)
+            response = decode_response(tokenizer, sample)
+            parsed = agent.task.parse(response, len(given), agent.prompt.reasoning)
+            docids = [query.passages[i].docid for i in given]
+            on_answer(
+                Answer(query.qid, docids, parsed, response, len(sample.tokens), not sample.finished)
+            )
+            yield ticket, parsed.order
+
+    orders: dict[int, list[int]] = {}
+    rankers = [agent.task.ranker(len(query.passages), settings) for query in candidates]
+    run_rankers(rankers, submit, collect, orders.__setitem__)
+    return [
+        replace(query, passages=tuple(query.passages[i] for i in orders[index]))
+        for index, query in enumerate(candidates)
+    ]
+
+
+def check_length(lm, prompt_tokens: int, max_new_tokens: int) -> None:
+    limit = lm.config.max_position_embeddings
+    if prompt_tokens + max_new_tokens > limit:
+        raise ValueError(
+            f"a prompt of {prompt_tokens} tokens and a response of up to {max_new_tokens} exceed "
+            f"the model's {limit} positions: lower --window_size, --max_new_tokens or the "
+            "prompt's max_chars"
+        )
+
+
+# ----------------------------------------------------------------------------------- the command
+
+
+def main() -> None:
+    parser = HfArgumentParser(AgentSettings, allow_abbrev=False, description=__doc__.split("\n")[0])
+    parser.add_argument("query")
+    parser.add_argument("passages", type=Path, help="a text file, one passage a line")
+    settings, inputs = parse_settings(parser)
+    try:
+        lines = [line for line in inputs.passages.read_text("utf-8").split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"{inputs.passages}: cannot read passages: {error}")
+    if not lines:
+        parser.error(f"{inputs.passages}: no passage in it (expected one a line)")
+
+    def show(answer: Answer) -> None:
+        print(f"\nWindow of passages {', '.join(answer.given)}:", end="")
+        print(" NO ANSWER COULD BE READ, its order is kept" if answer.parsed.malformed else "")
+        print(textwrap.fill(answer.parsed.reasoning or "(no reasoning)", 80))
+
+    passages = tuple(Passage(str(i), line, 0.0) for i, line in enumerate(lines, start=1))
+    (ranked,) = rerank(load_agent(settings), [Candidates("1", inputs.query, passages)], show)
+    print("\nRanking:")
+    for rank, passage in enumerate(ranked.passages, start=1):
+        print(f"{rank:4}. [{passage.docid}] " + textwrap.shorten(passage.text, 70))
+
+
+if __name__ == "__main__":
+    main()
