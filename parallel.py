@@ -1,0 +1,77 @@
+"""One process or many: the process group, sharded weights (PyTorch's FSDP2), saving.
+
+A single `python grpo.py` is a group of one, so that there is one way through the code.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import PreTrainedTokenizerBase
+
+from shared_prompt import Policy
+
+
+def start_processes() -> torch.device:
+    """Join the processes that torchrun started, or be the only one; the device of this one."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
+    backend = "nccl" if cuda else "gloo"
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return torch.device(device)
+
+
+def all_reduce(values: Sequence[float], device: torch.device, op=dist.ReduceOp.SUM) -> list[float]:
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op)
+    return tensor.tolist()
+
+
+def shard(policy: Policy, device: torch.device) -> Policy:
+    """Split the weights over all processes: float32 where they are kept and where gradients are
+    summed, bfloat16 where a GPU computes."""
+    compute = torch.bfloat16 if device.type == "cuda" else torch.float32
+    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    for layer in policy.lm.base_model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    return fully_shard(policy, mesh=mesh, mp_policy=precision)
+
+
+@contextmanager
+def gathered(policy: Policy) -> Iterator[None]:
+    """Inside, every process holds the whole weights, and a pass needs no other process: each may
+    sample as long as it likes."""
+    shards = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    for module in shards:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in shards:
+            # The root is needed again as backward begins; FSDP's default keeps it, too.
+            module.set_reshard_after_forward(module is not policy, recurse=False)
+            module.reshard()
+
+
+def save(policy: Policy, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Write the model in Hugging Face form, in the precision it computes with."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(policy, options=options)
+    if dist.get_rank() == 0:
+        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        weights = {k.removeprefix("lm."): w.to(dtype) for k, w in weights.items()}
+        policy.lm.save_pretrained(path, state_dict=weights)
+        tokenizer.save_pretrained(path)
+    dist.barrier()
