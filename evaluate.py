@@ -47,9 +47,7 @@ class EvaluateSettings:
     output_dir: str = setting("", "where to write; default: runs/DATASET-RERANKER")
 
 
-def load_dataset(
-    name: str | None, settings: EvaluateSettings
-) -> tuple[list[Candidates], Qrels]:
+def load_dataset(name: str | None, settings: EvaluateSettings) -> tuple[list[Candidates], Qrels]:
     """The candidates and the qrels: files where they are given, the rest by the dataset's name."""
     index, topics, qrels_name = DATASETS.get(name, (None, None, None))
     if name is None and not (settings.candidates and settings.qrels):
@@ -74,7 +72,9 @@ def ndcg_table(ranked: list[Candidates], qrels: Qrels) -> dict[str, float]:
 
 
 def oracle_rerank(
-    candidates: list[Candidates], qrels: Qrels, settings: AgentSettings,
+    candidates: list[Candidates],
+    qrels: Qrels,
+    settings: AgentSettings,
     on_answer: Callable[[Answer], None],
 ) -> list[Candidates]:
     """The task's own ranker with every window answered by the judgments: the most that its

@@ -219,9 +219,7 @@ def sample_and_score(
     return rollouts
 
 
-def score(
-    task: Task, parsed: list[Parsed], instance: Instance, settings: Settings
-) -> list[float]:
+def score(task: Task, parsed: list[Parsed], instance: Instance, settings: Settings) -> list[float]:
     """The rewards of one group."""
     return [
         task.reward(p, instance.grades, instance.judged, settings.weights, settings.r_rank)

@@ -118,7 +118,14 @@ def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple:
 
 
 def flash_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, state: list, causal: bool,
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    state: list,
+    causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of one part. Given the merged o and lse, exp(scores - lse) is each key's share
@@ -191,8 +198,15 @@ def put(x: Tensor, row: Row, part: Tensor) -> None:
 
 
 def shared_prompt_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None,
-    scaling: float, shared: "Row | Batch", dropout: float = 0.0, **kwargs,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float,
+    shared: "Row | Batch",
+    dropout: float = 0.0,
+    **kwargs,
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer; `shared` comes through the model's own forward."""
     for feature in ("sliding_window", "softcap", "s_aux"):
@@ -249,10 +263,12 @@ def response_logprobs(
         return -F.cross_entropy(logits, targets, reduction="none")
 
     states, targets = hidden[row.before[row.mask]], row.tokens[0, row.own[row.mask]]
-    logprobs = torch.cat([
-        checkpoint(chunk_logprobs, h, t, use_reentrant=False)
-        for h, t in zip(states.split(chunk), targets.split(chunk))
-    ])
+    logprobs = torch.cat(
+        [
+            checkpoint(chunk_logprobs, h, t, use_reentrant=False)
+            for h, t in zip(states.split(chunk), targets.split(chunk))
+        ]
+    )
     return torch.zeros(row.mask.shape, device=logprobs.device).masked_scatter(row.mask, logprobs)
 
 
@@ -429,8 +445,7 @@ class Sampler:
         complete: list[tuple[Hashable, list[Sample]]] = []
         while not complete and (self.waiting or self.rows):
             while self.waiting and (
-                not self.rows
-                or len(self.rows) + self.waiting[0].samples <= self.max_in_flight
+                not self.rows or len(self.rows) + self.waiting[0].samples <= self.max_in_flight
             ):
                 complete += self.policy(self.admit, self.waiting.popleft())
             if self.rows and not complete:
@@ -441,10 +456,14 @@ class Sampler:
         """Read a prompt and draw the first token of each of its responses."""
         logits, kv = self.read_prompt(request.prompt, request.prefix)
         uniforms = torch.tensor(
-            np.stack([
-                np.random.default_rng([*request.seed, i]).random(self.max_new_tokens, np.float32)
-                for i in range(request.samples)
-            ]),
+            np.stack(
+                [
+                    np.random.default_rng([*request.seed, i]).random(
+                        self.max_new_tokens, np.float32
+                    )
+                    for i in range(request.samples)
+                ]
+            ),
             device=logits.device,
         )
         self.batch.add(kv, request.samples)
@@ -460,7 +479,9 @@ class Sampler:
         """One more token for every response under way."""
         positions = self.batch.begin_step()
         hidden = policy.lm.base_model(
-            input_ids=self.last[:, None], position_ids=positions, use_cache=False,
+            input_ids=self.last[:, None],
+            position_ids=positions,
+            use_cache=False,
             shared=self.batch,
         ).last_hidden_state[:, 0]
         self.batch.own_len += 1

@@ -105,9 +105,7 @@ def collect_all(sampler: Sampler) -> dict:
 def test_greedy_sampling_equals_generate_token_for_token(prompts, max_in_flight, prefix):
     eos, limit = [3, 4, 5], 12
     plain = tiny_lm()
-    sampler = Sampler(
-        Policy(tiny_lm()), eos, limit, temperature=0, max_in_flight=max_in_flight
-    )
+    sampler = Sampler(Policy(tiny_lm()), eos, limit, temperature=0, max_in_flight=max_in_flight)
     for i, (prompt, samples) in enumerate(prompts):
         sampler.submit(Request(i, prompt, samples, prefix))
     done = collect_all(sampler)
