@@ -11,7 +11,7 @@ order, reasoning and answer (windows.jsonl).
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -20,7 +20,7 @@ from transformers import HfArgumentParser
 
 import data
 from data import Candidates, Qrels
-from rearank import Agent, AgentSettings, Answer, load_agent, rerank
+from rearank import AgentSettings, Answer, load_agent, rerank
 from reward import ndcg_at_k
 from settings import parse_settings, setting
 from tasks import TASKS
@@ -93,8 +93,7 @@ def oracle_rerank(
 
     def done(index: int, order: list[int]) -> None:
         query = candidates[index]
-        passages = tuple(query.passages[i] for i in order)
-        reranked[index] = Candidates(query.qid, query.query, passages)
+        reranked[index] = replace(query, passages=tuple(query.passages[i] for i in order))
 
     ranker = TASKS[settings.task].ranker
     run_rankers(
@@ -104,21 +103,30 @@ def oracle_rerank(
     return [reranked[index] for index in range(len(candidates))]
 
 
+def judged_queries(candidates: list[Candidates], qrels: Qrels, top_k: int) -> list[Candidates]:
+    """The queries that can be measured, each with its best `top_k` candidates; says what it
+    leaves out and what will count as 0."""
+    judged = [
+        replace(query, passages=query.passages[:top_k])
+        for query in candidates
+        if query.qid in qrels
+    ]
+    if not judged:
+        raise ValueError("the candidates and the qrels have no query in common")
+    if missing := len(qrels) - len(judged):
+        print(f"{missing} judged queries have no candidates and count as 0")
+    if unjudged := len(candidates) - len(judged):
+        print(f"{unjudged} queries have no judgments and are left out")
+    return judged
+
+
 def evaluate(
     candidates: list[Candidates],
     qrels: Qrels,
     rerank_all: Callable[[list[Candidates], Callable[[Answer], None]], list[Candidates]],
     output_dir: Path,
-    top_k: int = 100,
 ) -> dict:
-    """Rerank the judged queries' `top_k` candidates, write the three files, return the metrics."""
-    judged = [
-        Candidates(query.qid, query.query, query.passages[:top_k])
-        for query in candidates
-        if query.qid in qrels
-    ]
-    if not judged:
-        raise SystemExit("the candidates and the qrels have no query in common")
+    """Rerank the candidates, write the three files, return the metrics."""
     output_dir.mkdir(parents=True, exist_ok=True)
     totals = {"windows": 0, "malformed": 0, "cut_off": 0, "tokens": 0}
     started = time.perf_counter()
@@ -136,12 +144,11 @@ def evaluate(
             bar.set_postfix(malformed=totals["malformed"], refresh=False)
             bar.update()
 
-        reranked = rerank_all(judged, on_answer)
+        reranked = rerank_all(candidates, on_answer)
     metrics = {
         "queries": len(qrels),
-        "queries_without_candidates": len(qrels) - len(judged),
-        "queries_without_judgments": len(candidates) - len(judged),
-        "before": ndcg_table(judged, qrels),
+        "queries_without_candidates": len(qrels) - len(candidates),
+        "before": ndcg_table(candidates, qrels),
         "after": ndcg_table(reranked, qrels),
         **totals,
         "seconds": round(time.perf_counter() - started, 1),
@@ -160,7 +167,13 @@ def window_record(answer: Answer) -> dict:
                      "reasoning": parsed["reasoning"]}  # fmt: skip
 
 
-def model_reranker(agent: Agent):
+def choose_reranker(name: str, qrels: Qrels, settings: AgentSettings) -> Callable:
+    """What `evaluate` is to measure: (candidates, on_answer) -> reranked candidates."""
+    if name == "none":
+        return lambda candidates, on_answer: candidates
+    if name == "oracle":
+        return lambda candidates, on_answer: oracle_rerank(candidates, qrels, settings, on_answer)
+    agent = load_agent(settings)
     return lambda candidates, on_answer: rerank(agent, candidates, on_answer)
 
 
@@ -170,10 +183,6 @@ def print_metrics(metrics: dict) -> None:
         print(f"{name:8}  {before:8.4f} {metrics['after'][name]:8.4f}")
     print("{queries} queries, {windows} windows, {malformed} malformed, {cut_off} cut off, "
           "{tokens} tokens, {seconds} s".format(**metrics))  # fmt: skip
-    if missing := metrics["queries_without_candidates"]:
-        print(f"{missing} judged queries have no candidates and count as 0")
-    if unjudged := metrics["queries_without_judgments"]:
-        print(f"{unjudged} queries have no judgments and were left out")
 
 
 def main() -> None:
@@ -182,24 +191,16 @@ def main() -> None:
     )
     parser.add_argument("dataset", nargs="?", choices=sorted(DATASETS), help="a dataset's name")
     settings, agent_settings, inputs = parse_settings(parser)
-    try:
-        candidates, qrels = load_dataset(inputs.dataset, settings)
-    except (ValueError, OSError) as error:
-        raise SystemExit(str(error)) from None
-    if settings.reranker == "model":
-        rerank_all = model_reranker(load_agent(agent_settings))
-    elif settings.reranker == "oracle":
-
-        def rerank_all(candidates, on_answer):
-            return oracle_rerank(candidates, qrels, agent_settings, on_answer)
-    else:
-
-        def rerank_all(candidates, on_answer):
-            return candidates
-
     name = f"{inputs.dataset or Path(settings.candidates).stem}-{settings.reranker}"
     output_dir = Path(settings.output_dir or f"runs/{name}")
-    print_metrics(evaluate(candidates, qrels, rerank_all, output_dir, settings.top_k))
+    try:
+        candidates, qrels = load_dataset(inputs.dataset, settings)
+        candidates = judged_queries(candidates, qrels, settings.top_k)
+        rerank_all = choose_reranker(settings.reranker, qrels, agent_settings)
+        metrics = evaluate(candidates, qrels, rerank_all, output_dir)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from None
+    print_metrics(metrics)
     print(f"written to {output_dir}")
 
 

@@ -21,8 +21,9 @@ schedule. Prompts are paid for once (shared_prompt.py), weights are sharded by P
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -37,7 +38,7 @@ import data
 import evaluate
 import toy
 from data import Instance
-from parallel import all_reduce, gathered, save, shard, start_processes
+from parallel import all_reduce, gathered, processes, save, shard
 from rearank import (
     Agent,
     AgentSettings,
@@ -46,6 +47,7 @@ from rearank import (
     encode_window,
     end_tokens,
     load_lm,
+    rerank,
 )
 from reward import WEIGHTS, ndcg_at_k
 from settings import parse_settings, setting
@@ -373,8 +375,7 @@ def held_out(policy, tokenizer, prompt, task, settings, output_dir: Path) -> dic
             agent = Agent(policy, tokenizer, prompt, task, agent_settings)
             candidates = data.read_candidates(settings.eval_candidates)
             qrels = data.read_qrels(settings.eval_qrels)
-            rerank_all = evaluate.model_reranker(agent)
-            metrics = evaluate.evaluate(candidates, qrels, rerank_all, output_dir)
+            metrics = evaluate.evaluate(candidates, qrels, partial(rerank, agent), output_dir)
         dist.barrier()
     return metrics
 
@@ -402,8 +403,12 @@ def step_metrics(rollouts: list[Rollout], device: torch.device) -> dict[str, flo
 
 
 def train(settings: Settings) -> Path:
-    """The whole job. Returns where the model was saved."""
-    device = start_processes()
+    """The whole job, on this process or as one of many. Returns where the model was saved."""
+    with processes() as device:
+        return train_on(device, settings)
+
+
+def train_on(device: torch.device, settings: Settings) -> Path:
     rank, world = dist.get_rank(), dist.get_world_size()
     if settings.batch_size % (world * settings.updates_per_batch):
         raise SystemExit(
@@ -414,9 +419,9 @@ def train(settings: Settings) -> Path:
     output_dir = Path(settings.output_dir or f"runs/{settings.preset or settings.task}-{stamp}")
     if settings.preset == "toy":
         if rank == 0:
-            toy.prepare(settings)
+            toy.prepare(settings.seed)
         dist.barrier()
-        settings = toy.fill_in(settings)
+        settings = replace(settings, **toy.prepare(settings.seed))
 
     # The policy, its optimizer, and the reference it is held to (none where beta is 0).
     task = TASKS[settings.task]
@@ -424,7 +429,10 @@ def train(settings: Settings) -> Path:
     instances = load_instances(settings)
     lm, tokenizer = load_lm(settings.model, torch.float32, torch.device("cpu"))
     if settings.activation_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        # Its name since transformers 5.23, and the name before.
+        name = "activation_checkpointing_enable"
+        enable = getattr(lm, name, None) or lm.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     policy = shard(Policy(lm).eval(), device)
     optimizer = torch.optim.AdamW(policy.parameters(), settings.learning_rate, weight_decay=0.0)
     reference = None
@@ -466,8 +474,6 @@ def train(settings: Settings) -> Path:
                   f"before training {before['after']['ndcg@10']:.4f}, "
                   f"after {after['after']['ndcg@10']:.4f}")  # fmt: skip
         print(f"saved to {output_dir}")
-    dist.barrier()
-    dist.destroy_process_group()
     return output_dir
 
 

@@ -17,18 +17,22 @@ from transformers import PreTrainedTokenizerBase
 from shared_prompt import Policy
 
 
-def start_processes() -> torch.device:
-    """Join the processes that torchrun started, or be the only one; the device of this one."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
-    backend = "nccl" if cuda else "gloo"
-    if cuda:
+@contextmanager
+def processes() -> Iterator[torch.device]:
+    """Join the processes that torchrun started, or be the only one; yields this one's device."""
+    backend, device = "gloo", torch.device("cpu")
+    if torch.cuda.is_available():
+        backend, device = "nccl", torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return torch.device(device)
+    try:
+        yield device
+        dist.barrier()  # none leaves while another still talks to it
+    finally:
+        dist.destroy_process_group()
 
 
 def all_reduce(values: Sequence[float], device: torch.device, op=dist.ReduceOp.SUM) -> list[float]:

@@ -21,7 +21,9 @@ from transformers import (
     AutoTokenizer,
     HfArgumentParser,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import is_flash_attn_2_available
 
 from data import Candidates, Passage
@@ -55,7 +57,7 @@ def load_lm(name: str, dtype: torch.dtype, device: torch.device):
     if device.type == "cuda" and dtype != torch.float32 and is_flash_attn_2_available():
         attention = "flash_attention_2"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = load_tokenizer(name)
         lm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
     except (OSError, ValueError) as error:
         raise SystemExit(f"--model {name}: cannot be loaded: {error}") from None
@@ -65,6 +67,14 @@ def load_lm(name: str, dtype: torch.dtype, device: torch.device):
           + {"sdpa": "PyTorch SDPA", "flash_attention_2": "flash-attention 2"}[attention],
           file=sys.stderr)  # fmt: skip
     return lm.to(device), tokenizer
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """AutoTokenizer rebuilds the tokenizer of every Qwen2 model as Qwen2's own, whatever its file
+    says; one that calls itself generic is taken as it is stored."""
+    if get_tokenizer_config(name).get("tokenizer_class") == "TokenizersBackend":
+        return PreTrainedTokenizerFast.from_pretrained(name)
+    return AutoTokenizer.from_pretrained(name)
 
 
 def end_tokens(lm, tokenizer: PreTrainedTokenizerBase) -> list[int]:

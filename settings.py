@@ -52,9 +52,18 @@ def parse_settings(
             values = [str(item) for item in value] if isinstance(value, list) else [str(value)]
             # In front of the command line's own, so that those win; parsed alike, so checked alike.
             args = [flag, *values, *args]
+    for arg in args:
+        # Before argparse takes the value of a misspelt flag for a positional argument.
+        if arg.startswith("--") and arg.partition("=")[0] not in parser._option_string_actions:
+            parser.error(f"unknown flag {arg}")
     if presets:
         chooser = HfArgumentParser((), add_help=False, allow_abbrev=False)
         chooser.add_argument("--preset", choices=sorted(presets))
         chosen, _ = chooser.parse_known_args(args)
         parser.set_defaults(**presets.get(chosen.preset, {}))
-    return parser.parse_args_into_dataclasses(args, look_for_args_file=False)
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        args, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    return tuple(parsed)

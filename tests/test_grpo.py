@@ -1,0 +1,341 @@
+"""GRPO: each formula against an independent float64 computation, the update, and whole runs."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_shared_prompt import naive_logprobs, tiny_lm
+from transformers import AutoModelForCausalLM
+
+import data
+import grpo
+from grpo import Rollout, Settings, batch_at, group_advantages, k3, micro_batches, policy_loss
+from parallel import shard
+from shared_prompt import Group, Policy, Sample
+
+ROOT = Path(__file__).parents[1]
+
+# ------------------------------------------------------------------------------- the formulas
+
+
+def test_advantages_are_z_scores_within_groups():
+    rewards = torch.tensor([1.0, 2, 4, 9, 0, 0, 1, 0])
+    got = group_advantages(rewards, 4)
+    for group, values in zip(rewards.view(2, 4).double().numpy(), got.view(2, 4)):
+        expected = (group - group.mean()) / (group.std(ddof=1) + 1e-4)
+        np.testing.assert_allclose(values, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 0.2 + 0.1, -1e8])
+def test_equal_rewards_give_exactly_zero(value):
+    assert (group_advantages(torch.full((12,), value), 4) == 0).all()
+    assert (group_advantages(torch.tensor([value, 3.0]), 1) == 0).all()
+
+
+def expected_loss(new, old, ref, advantages, mask, clip, beta, average) -> float:
+    """The same formula, token by token, in float64 and plain Python."""
+    sequence_means, tokens = [], []
+    for r in range(len(new)):
+        gains = []
+        for t in np.flatnonzero(mask[r]):
+            ratio = np.exp(new[r, t] - old[r, t])
+            gain = min(ratio * advantages[r], np.clip(ratio, 1 - clip, 1 + clip) * advantages[r])
+            if beta:
+                ref_ratio = np.exp(ref[r, t]) / np.exp(new[r, t])
+                gain -= beta * (ref_ratio - np.log(ref_ratio) - 1)
+            gains.append(gain)
+        sequence_means.append(np.mean(gains))
+        tokens += gains
+    return -np.mean(sequence_means if average == "sequence" else tokens)
+
+
+@pytest.mark.parametrize("average", ["sequence", "token"])
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("seed", range(5))
+def test_loss_is_the_formula(average, beta, seed):
+    rng = np.random.default_rng(seed)
+    shape = (6, 9)
+    new, old, ref = (-rng.exponential(1, shape) for _ in range(3))  # far apart: clipping is real
+    advantages = rng.normal(size=6)
+    mask = np.arange(9) < rng.integers(1, 10, (6, 1))
+    t = [torch.tensor(x, dtype=torch.float32) for x in (new, old, ref, advantages)]
+    got = policy_loss(*t, torch.tensor(mask), 0.2, beta, average)
+    expected = expected_loss(new, old, ref, advantages, mask, 0.2, beta, average)
+    assert float(got) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    ratio = np.exp(new - old)[mask]
+    assert ((ratio < 0.8) | (ratio > 1.2)).mean() > 0.3
+
+
+def test_on_policy_gradient_is_the_policy_gradient():
+    """With rho = pi / stop_gradient(pi), d loss / d log pi = -A / (|o| R)."""
+    logprobs = torch.randn(3, 4, requires_grad=True)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]]).bool()
+    advantages = torch.tensor([1.0, -2.0, 0.5])
+    policy_loss(logprobs, logprobs.detach(), None, advantages, mask, 0.2, 0.0).backward()
+    expected = -(advantages / mask.sum(1) / 3)[:, None] * mask
+    torch.testing.assert_close(logprobs.grad, expected)
+
+
+def test_clipping_stops_the_gradient_only_where_it_would_go_further():
+    old = torch.zeros(4, 1)
+    logprobs = torch.tensor([[0.5], [0.5], [-0.5], [-0.5]], requires_grad=True)
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    mask = torch.ones(4, 1, dtype=torch.bool)
+    policy_loss(logprobs, old, None, advantages, mask, 0.2, 0.0).backward()
+    assert (logprobs.grad[:, 0] != 0).tolist() == [False, True, True, False]
+
+
+@given(st.lists(st.floats(-8, 0), min_size=2, max_size=8))
+def test_k3_is_the_estimator_and_never_negative(values):
+    new, ref = torch.tensor(values, dtype=torch.float64).split([1, len(values) - 1])
+    got = k3(new, ref)
+    assert (got >= -1e-12).all()
+    ratio = np.exp(ref.numpy() - new.numpy())
+    np.testing.assert_allclose(got, ratio - 1 - np.log(ratio), atol=1e-9)
+
+
+def test_k3_estimates_the_kl_divergence():
+    p, q = torch.tensor([0.7, 0.2, 0.1]).log(), torch.tensor([0.3, 0.3, 0.4]).log()
+    exact = (p.exp() * (p - q)).sum()
+    torch.testing.assert_close((p.exp() * k3(p, q)).sum(), exact)
+
+
+# ------------------------------------------------------------------------------- the update
+
+
+def rollouts_of(groups: list[Group], seed: int = 0) -> list[Rollout]:
+    rng = torch.Generator().manual_seed(seed)
+    return [
+        Rollout(
+            instance=None,
+            prompt=group.prompt,
+            samples=[Sample(list(r)) for r in group.responses],
+            parsed=[],
+            rewards=None,
+            advantages=torch.randn(len(group.responses), generator=rng),
+        )
+        for group in groups
+    ]
+
+
+GROUPS = [
+    Group([1, 2, 3, 4], [[5, 6], [7], [8, 9, 10, 11]]),
+    Group([9] * 11, [[5] * 12, [6, 7], [8, 8, 8]]),
+    Group([4, 4], [[1, 2, 3], [3, 2, 1], [7, 7]]),
+    Group([30, 31, 32], [[2], [3], [4]]),
+]
+
+
+def weights_after_one_step(rollouts, optimizer=torch.optim.SGD, lr=1e-3, **changes):
+    policy = shard(Policy(tiny_lm()), torch.device("cpu"))
+    reference = shard(Policy(tiny_lm(1).requires_grad_(False)), torch.device("cpu"))
+    settings = Settings(**({"beta": 0.1, "max_grad_norm": 1e9, "temperature": 0.8} | changes))
+    step = optimizer(policy.parameters(), lr)
+    stats = grpo.update(
+        policy, reference if settings.beta else None, step, rollouts, settings, torch.device("cpu")
+    )
+    return [p.full_tensor().detach() for p in policy.parameters()], stats
+
+
+@pytest.mark.parametrize("average", ["sequence", "token"])
+def test_the_step_is_the_gradient_of_the_whole_batch(process_group, average):
+    """Against autograd through the plain model over one padded batch of everything."""
+    rollouts = rollouts_of(GROUPS)
+    lm, ref = tiny_lm(), tiny_lm(1)
+    new = naive_logprobs(lm, GROUPS, 0.8)
+    with torch.no_grad():
+        ref = naive_logprobs(ref, GROUPS, 0.8)
+    lengths = torch.tensor([len(r) for g in GROUPS for r in g.responses])
+    mask = torch.arange(new.shape[1]) < lengths[:, None]
+    advantages = torch.cat([r.advantages for r in rollouts])
+    policy_loss(new, new.detach(), ref, advantages, mask, 0.2, 0.1, average).backward()
+    expected = [p.detach() - 1e-3 * p.grad for p in lm.parameters()]
+    got, stats = weights_after_one_step(rollouts, average=average)
+    for a, b in zip(expected, got):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
+    norm = torch.stack([p.grad.norm() for p in lm.parameters()]).norm()
+    assert stats["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+
+
+@pytest.mark.parametrize("average", ["sequence", "token"])
+@pytest.mark.parametrize("max_tokens", [1, 9, 20])
+def test_the_micro_batch_changes_nothing(process_group, average, max_tokens):
+    rollouts = rollouts_of(GROUPS)
+    whole, stats = weights_after_one_step(rollouts, average=average)
+    cut, cut_stats = weights_after_one_step(
+        rollouts, average=average, max_tokens_per_micro_batch=max_tokens
+    )
+    for a, b in zip(whole, cut):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
+    assert cut_stats == pytest.approx(stats, rel=1e-4, abs=1e-6)
+
+
+def test_the_second_update_is_off_policy_and_clipped(process_group):
+    rollouts = rollouts_of(GROUPS)
+    _, one = weights_after_one_step(rollouts, torch.optim.Adam, lr=0.05)
+    assert one["clip_fraction"] == 0
+    _, two = weights_after_one_step(rollouts, torch.optim.Adam, lr=0.05, updates_per_batch=2)
+    assert two["clip_fraction"] > 0
+
+
+def test_gradients_are_scaled_to_the_norm(process_group):
+    rollouts = rollouts_of(GROUPS)
+    before = [p.detach() for p in tiny_lm().parameters()]
+    after, stats = weights_after_one_step(rollouts, max_grad_norm=0.01)
+    moved = torch.stack([(a - b).norm() for a, b in zip(after, before)]).norm()
+    assert stats["grad_norm"] > 0.02
+    assert float(moved) == pytest.approx(1e-3 * 0.01, rel=1e-2)
+
+
+sizes = st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(1, 9), min_size=1, max_size=5)))
+
+
+@given(sizes.filter(bool), st.integers(1, 60))
+@settings(deadline=None)
+def test_micro_batches_hold_every_response_once_within_the_budget(shapes, max_tokens):
+    groups = [Group([i] * p, [[i] * r for r in rs]) for i, (p, rs) in enumerate(shapes)]
+    rollouts = rollouts_of(groups)
+    rows = micro_batches(rollouts, max_tokens, torch.device("cpu"))
+    advantages = torch.cat([a for _, a in rows])
+    assert advantages.tolist() == [a for r in rollouts for a in r.advantages.tolist()]
+    lengths = torch.cat([row.mask.sum(1) for row, _ in rows]).tolist()
+    assert lengths == [len(r) for g in groups for r in g.responses]
+    for row, _ in rows:
+        assert row.tokens.numel() <= max_tokens or len(row.mask) == 1
+    whole = sum(len(g.prompt) + sum(map(len, g.responses)) for g in groups)
+    if whole <= max_tokens:
+        assert len(rows) == 1
+
+
+@given(st.integers(1, 30), st.integers(1, 20), st.integers(1, 10))
+def test_every_epoch_holds_every_instance_once(n, size, steps):
+    stream = [i for step in range(steps) for i in batch_at(step, size, n, seed=3)]
+    for epoch in range(len(stream) // n):
+        assert sorted(stream[epoch * n : (epoch + 1) * n]) == list(range(n))
+
+
+# ------------------------------------------------------------------------------- whole runs
+
+
+def run_grpo(*flags, processes: int = 0) -> subprocess.CompletedProcess:
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    return subprocess.run(
+        [sys.executable, *(launch if processes else []), "grpo.py", *map(str, flags)],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def flags(small, tiny):
+    return [
+        "--model", tiny, "--candidates", small[0], "--qrels", small[1], "--size", 4,
+        "--draws", 4, "--steps", 3, "--batch_size", 4, "--group_size", 4, "--max_new_tokens", 50,
+        "--learning_rate", 1e-3, "--eval_candidates", small[0], "--eval_qrels", small[1],
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(flags, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    done = run_grpo(*flags, "--output_dir", out)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_writes_what_it_did(trained, tiny):
+    out, done = trained
+    steps = metrics(out)
+    assert [m["step"] for m in steps] == [0, 1, 2]
+    assert {"reward", "ndcg", "length", "kl", "clip_fraction", "loss", "grad_norm"} <= set(steps[0])
+    assert steps[0]["kl"] == 0 < steps[2]["kl"] and steps[0]["grad_norm"] > 0
+    responses = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
+    assert len(responses) == 3 * 4 and "<think>" in "".join(r["response"] for r in responses)
+    assert len({r["reward"] for r in responses}) > 1
+    assert "held-out nDCG@10" in done.stdout and "steps: 100%" in done.stderr
+    before, after = (AutoModelForCausalLM.from_pretrained(d) for d in (tiny, out))
+    assert any((a != b).any() for a, b in zip(before.parameters(), after.parameters()))
+    assert json.loads((out / "settings.json").read_text())["learning_rate"] == 1e-3
+
+
+def test_the_trained_model_can_be_evaluated(trained, small, tmp_path):
+    out, _ = trained
+    done = subprocess.run(
+        [sys.executable, "evaluate.py", "--candidates", small[0], "--qrels", small[1], "--model",
+         out, "--window_size", "4", "--step_size", "2", "--max_new_tokens", "50", "--output_dir",
+         tmp_path], cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    by_itself = json.loads((tmp_path / "metrics.json").read_text())
+    while_training = json.loads((out / "after" / "metrics.json").read_text())
+    assert by_itself["after"] == while_training["after"]
+
+
+def test_two_processes_do_what_one_does(trained, flags, tmp_path):
+    out, _ = trained
+    done = run_grpo(*flags, "--output_dir", tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr
+    for one, two in zip(metrics(out), metrics(tmp_path), strict=True):
+        for name in one.keys() - {"sample_seconds", "update_seconds"}:
+            assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
+    a, b = (AutoModelForCausalLM.from_pretrained(d) for d in (out, tmp_path))
+    for x, y in zip(a.parameters(), b.parameters()):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-4)  # 3 Adam steps of 1e-3
+
+
+def test_without_beta_no_reference_is_loaded(monkeypatch, flags, tmp_path):
+    loaded = []
+    load_lm = grpo.load_lm
+    monkeypatch.setattr(grpo, "load_lm", lambda *args: loaded.append(args) or load_lm(*args))
+    tiny, candidates, qrels = (str(flags[i]) for i in (1, 3, 5))
+    config = Settings(
+        model=tiny, candidates=candidates, qrels=qrels, size=4, draws=2, steps=1, batch_size=2,
+        group_size=2, max_new_tokens=20, beta=0.0, output_dir=str(tmp_path / "a"),
+    )  # fmt: skip
+    grpo.train(config)
+    assert len(loaded) == 1
+    grpo.train(replace(config, beta=0.1, output_dir=str(tmp_path / "b")))
+    assert len(loaded) == 3
+
+
+def test_a_training_set_of_the_real_data(dl19):
+    candidates, qrels = map(str, dl19)
+    instances = grpo.load_instances(Settings(candidates=candidates, qrels=qrels))
+    assert 1000 < len(instances) < 43 * 50
+    assert all(len(i.passages) == 20 and max(i.grades) > 0 for i in instances)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ([], "training needs --candidates and --qrels"),
+        (["--stepz", "3"], "unknown flag --stepz"),
+        (["--preset", "tiny"], "invalid choice: 'tiny'"),
+        (["--average", "median"], "invalid choice: 'median'"),
+        (["--batch_size", "5", "--updates_per_batch", "2"], "--batch_size 5 must be divisible"),
+    ],
+)
+def test_wrong_flags_are_named(monkeypatch, capsys, wrong, message):
+    monkeypatch.setattr(sys, "argv", ["grpo.py", *wrong])
+    with pytest.raises(SystemExit) as stop:
+        grpo.main()
+    assert message in str(stop.value) + capsys.readouterr().err
+    assert not torch.distributed.is_initialized()
+
+
+def test_no_window_left_is_an_error(small, tmp_path):
+    data.write_qrels({"q0": {"nothing": 1}}, tmp_path / "qrels.txt")
+    with pytest.raises(SystemExit, match="no training window left"):
+        grpo.load_instances(Settings(candidates=str(small[0]), qrels=str(tmp_path / "qrels.txt")))
