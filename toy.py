@@ -224,7 +224,7 @@ def teach(
 
 PRESET = {
     "size": SIZE, "draws": 20, "max_new_tokens": 40, "batch_size": 16, "group_size": 16,
-    "steps": 120, "learning_rate": 3e-4, "beta": 0.02, "max_in_flight": 256,
+    "steps": 120, "learning_rate": 2e-4, "beta": 0.05, "max_in_flight": 256,
     "activation_checkpointing": False,
 }  # fmt: skip
 
