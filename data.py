@@ -242,6 +242,33 @@ def _document_text(where: str, doc: dict[str, Any]) -> str:
     return text if text.startswith(title) else f"Title: {title} Content: {text}"
 
 
+def read_triples(path: str | Path) -> tuple[list[Candidates], Qrels]:
+    """MS MARCO-style training queries as Tevatron publishes them, JSON lines of
+
+        {"query_id", "query", "positive_passages": [...], "negative_passages": [...]}
+
+    with passages {"docid", "title", "text"}; as candidates (score 0: no first stage ranked them)
+    and judgments, grade 1 for the positives and 0 for the negatives.
+    """
+    candidates, qrels = {}, {}
+    for where, record in _json_records(path):
+        qid = _id_field(where, record, "query_id")
+        if qid in candidates:
+            raise ValueError(f"{where}: second record of query_id {qid}")
+        passages, grades = [], {}
+        for name, grade in (("positive_passages", 1), ("negative_passages", 0)):
+            for i, doc in enumerate(_field(where, record, name, list), start=1):
+                at = f"{where}, {name} {i}"
+                docid = _id_field(at, doc, "docid")
+                if docid in grades:
+                    raise ValueError(f"{at}: docid {docid} is there twice")
+                passages.append(Passage(docid, _document_text(at, doc), 0.0))
+                grades[docid] = grade
+        query = _field(where, record, "query", str)
+        candidates[qid], qrels[qid] = Candidates(qid, query, tuple(passages)), grades
+    return list(candidates.values()), qrels
+
+
 # --- The training set ----------------------------------------------------------------------------
 
 
@@ -278,6 +305,34 @@ def training_set(
             tested = grades if ndcg_filter == "initial" else sorted(grades, reverse=True)
             if max(grades, default=0) > 0 and ndcg_at_k(tested, 10, judged) >= min_ndcg:
                 instances.append(Instance(query.qid, query.query, passages, grades, judged))
+    return instances
+
+
+def choice_training_set(
+    candidates: list[Candidates], qrels: Qrels, size: int = 20, draws: int = 50, seed: int = 0
+) -> list[Instance]:
+    """Windows to learn choosing on: per judged query, `draws` times, one of its best-graded
+    candidates among `size` - 1 that are not relevant, all shuffled (Rank-R1, section 3).
+
+    A query with fewer such negatives gives all of them; one without a relevant candidate, or
+    without a negative, gives nothing. A query's draws depend on `seed` and its qid alone.
+    """
+    instances = []
+    for query in candidates:
+        grade_of = qrels.get(query.qid, {})
+        judged = tuple(sorted((g for g in grade_of.values() if g > 0), reverse=True))
+        grade = {p: grade_of.get(p.docid, 0) for p in query.passages}
+        best = max(grade.values(), default=0)
+        positives = [p for p in query.passages if grade[p] == best > 0]
+        negatives = [p for p in query.passages if grade[p] <= 0]
+        if not (positives and negatives):
+            continue
+        rng = random.Random(f"{seed} {query.qid}")
+        for _ in range(draws):
+            passages = rng.sample(negatives, min(size - 1, len(negatives)))
+            passages.insert(rng.randint(0, len(passages)), rng.choice(positives))
+            grades = tuple(grade[p] for p in passages)
+            instances.append(Instance(query.qid, query.query, tuple(passages), grades, judged))
     return instances
 
 

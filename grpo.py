@@ -67,19 +67,21 @@ class Settings:
     prompt: str = setting("", "TOML file with every turn's text; default: the task's own")
     candidates: str = setting("", "training queries with their first-stage candidates")
     qrels: str = setting("", "their judgments, a TREC qrels file")
+    triples: str = setting("", "instead of both: queries with positive and negative passages, "
+                           "JSON lines as Tevatron publishes them")  # fmt: skip
     eval_candidates: str = setting("", "held-out candidates, reranked before and after training")
     eval_qrels: str = setting("", "the held-out judgments")
     output_dir: str = setting("", "default: runs/TASK-DATE-TIME")
     # the training windows
     size: int = setting(20, "passages per window")
     draws: int = setting(50, "windows drawn per query")
-    min_ndcg: float = setting(0.1, "windows under this nDCG@10 are dropped")
+    min_ndcg: float = setting(0.1, "listwise: windows under this nDCG@10 are dropped")
     ndcg_filter: str = setting("initial", "which nDCG@10: of the order given, or the best "
                                "reachable; the paper says both", ["initial", "best"])  # fmt: skip
     # the reward
-    r_rank: str = setting("relative", "how a ranking is scored (reward.py)",
-                          ["relative", "absolute", "difference"])  # fmt: skip
-    weights: list[float] = setting(list(WEIGHTS), "of r_rank, r_format1 and r_format2")
+    reward: str = setting("", "listwise: relative, absolute or difference; setwise: exact or "
+                          "graded; default: the first")  # fmt: skip
+    weights: list[float] = setting(list(WEIGHTS), "listwise: of r_rank, r_format1 and r_format2")
     # sampling
     steps: int = setting(160, "rollout batches to train on")
     batch_size: int = setting(128, "prompts per step (B), over all processes")
@@ -223,10 +225,8 @@ def sample_and_score(
 
 def score(task: Task, parsed: list[Parsed], instance: Instance, settings: Settings) -> list[float]:
     """The rewards of one group."""
-    return [
-        task.reward(p, instance.grades, instance.judged, settings.weights, settings.r_rank)
-        for p in parsed
-    ]
+    reward = task.rewards[settings.reward or next(iter(task.rewards))]
+    return [reward(p, instance.grades, instance.judged, settings.weights) for p in parsed]
 
 
 # --------------------------------------------------------------------------------------- update
@@ -345,39 +345,57 @@ def batch_at(step: int, size: int, n: int, seed: int) -> list[int]:
     return [int(orders[place // n][place % n]) for place in places]
 
 
-def load_instances(settings: Settings) -> list[Instance]:
-    if not (settings.candidates and settings.qrels):
-        raise SystemExit("training needs --candidates and --qrels (or try --preset toy)")
-    instances = data.training_set(
-        data.read_candidates(settings.candidates), data.read_qrels(settings.qrels), settings.size,
-        settings.draws, settings.min_ndcg, settings.ndcg_filter, settings.seed,
-    )  # fmt: skip
+def load_instances(task: Task, settings: Settings) -> list[Instance]:
+    """The training windows."""
+    try:
+        if settings.triples:
+            source = data.read_triples(settings.triples)
+        elif settings.candidates and settings.qrels:
+            source = data.read_candidates(settings.candidates), data.read_qrels(settings.qrels)
+        else:
+            raise SystemExit("training needs --candidates and --qrels, or --triples (or try "
+                             "--preset toy)")  # fmt: skip
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from None
+    instances = task.training_set(*source, settings)
     if not instances:
         raise SystemExit(
-            f"no training window left of {settings.candidates}: no query has a relevant candidate "
-            f"in {settings.qrels} and nDCG@10 of at least --min_ndcg {settings.min_ndcg}"
+            f"no training window left of {settings.triples or settings.candidates}: no query has a "
+            "relevant candidate among others (and, listwise, nDCG@10 of at least --min_ndcg)"
         )
     return instances
 
 
-def held_out(policy, tokenizer, prompt, task, settings, output_dir: Path) -> dict | None:
-    """Greedy nDCG on the held-out queries, with the window that was trained."""
+def held_out(
+    policy: Policy, tokenizer, prompt: Prompt, task: Task, settings: Settings, output_dir: Path
+) -> dict[str, float] | None:
+    """Greedy figures on the held-out queries: nDCG@10 of their candidates, reranked as
+    evaluate.py does it, and the mean reward of windows drawn like those of training."""
     if not settings.eval_candidates:
         return None
+    figures = None
     with gathered(policy):
-        metrics = None
         if dist.get_rank() == 0:
+            candidates = data.read_candidates(settings.eval_candidates)
+            qrels = data.read_qrels(settings.eval_qrels)
             agent_settings = AgentSettings(
                 model=settings.model, task=settings.task, window_size=settings.size,
                 step_size=max(1, settings.size // 2), max_new_tokens=settings.max_new_tokens,
                 max_in_flight=settings.max_in_flight,
             )  # fmt: skip
             agent = Agent(policy, tokenizer, prompt, task, agent_settings)
-            candidates = data.read_candidates(settings.eval_candidates)
-            qrels = data.read_qrels(settings.eval_qrels)
             metrics = evaluate.evaluate(candidates, qrels, partial(rerank, agent), output_dir)
+            greedy = replace(settings, temperature=0.0, group_size=1, draws=3)
+            windows = list(enumerate(task.training_set(candidates, qrels, greedy)))
+            rollouts = sample_and_score(policy, tokenizer, prompt, task, windows, 0, greedy)
+            figures = {
+                "first_stage": metrics["before"]["ndcg@10"],
+                "ndcg@10": metrics["after"]["ndcg@10"],
+                "window_reward": fmean(float(r.rewards[0]) for r in rollouts),
+            }
+            (output_dir / "held_out.json").write_text(json.dumps(figures) + "\n")
         dist.barrier()
-    return metrics
+    return figures
 
 
 def step_metrics(rollouts: list[Rollout], device: torch.device) -> dict[str, float]:
@@ -419,14 +437,18 @@ def train_on(device: torch.device, settings: Settings) -> Path:
     output_dir = Path(settings.output_dir or f"runs/{settings.preset or settings.task}-{stamp}")
     if settings.preset == "toy":
         if rank == 0:
-            toy.prepare(settings.seed)
+            toy.prepare(settings.seed, settings.task)
         dist.barrier()
-        settings = replace(settings, **toy.prepare(settings.seed))
+        settings = replace(settings, **toy.prepare(settings.seed, settings.task))
 
     # The policy, its optimizer, and the reference it is held to (none where beta is 0).
     task = TASKS[settings.task]
     prompt = load_prompt(settings.prompt or task.prompt)
-    instances = load_instances(settings)
+    if settings.reward and settings.reward not in task.rewards:
+        raise SystemExit(
+            f"--reward {settings.reward}: {settings.task} has {', '.join(task.rewards)}"
+        )
+    instances = load_instances(task, settings)
     lm, tokenizer = load_lm(settings.model, torch.float32, torch.device("cpu"))
     if settings.activation_checkpointing:
         # Its name since transformers 5.23, and the name before.
@@ -470,9 +492,12 @@ def train_on(device: torch.device, settings: Settings) -> Path:
     after = held_out(policy, tokenizer, prompt, task, settings, output_dir / "after")
     if rank == 0:
         if before and after:
-            print(f"held-out nDCG@10: first stage {before['before']['ndcg@10']:.4f}, "
-                  f"before training {before['after']['ndcg@10']:.4f}, "
-                  f"after {after['after']['ndcg@10']:.4f}")  # fmt: skip
+            print(
+                f"held-out nDCG@10: {before['ndcg@10']:.4f} before training, "
+                f"{after['ndcg@10']:.4f} after (first stage {after['first_stage']:.4f})"
+            )
+            print(f"held-out windows, mean reward: {before['window_reward']:.4f} before training, "
+                  f"{after['window_reward']:.4f} after")  # fmt: skip
         print(f"saved to {output_dir}")
     return output_dir
 

@@ -28,6 +28,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from data import Candidates, Passage
 from settings import parse_settings, setting
+from setwise import SORTS
 from shared_prompt import Policy, Request, Sample, Sampler
 from tasks import TASKS
 from window import OPENING_TURNS, Parsed, Prompt, Task, conversation, load_prompt, run_rankers
@@ -39,7 +40,9 @@ class AgentSettings:
     task: str = setting("listwise", "what the model is asked for", choices=sorted(TASKS))
     prompt: str = setting("", "TOML file with every turn's text; default: the task's own")
     window_size: int = setting(20, "passages the model sees at once")
-    step_size: int = setting(10, "how far the window moves up")
+    step_size: int = setting(10, "listwise: how far the window moves up")
+    sort: str = setting("heapsort", "setwise: how choices become a ranking", sorted(SORTS))
+    sort_top: int = setting(10, "setwise: how many of the best are sorted out")
     max_new_tokens: int = setting(2048, "length limit of a response, in tokens")
     temperature: float = setting(0.0, "sampling temperature; 0 is greedy")
     max_in_flight: int = setting(64, "windows answered at once; more needs more memory")

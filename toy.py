@@ -16,7 +16,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -54,9 +54,9 @@ def make_world(
 
 
 def make_query(rng: random.Random, qid: str, pair: Sequence[str], depth: int) -> Candidates:
-    """A query and its first stage: about a third on topic, at least one, in no useful order."""
+    """A query and its first stage: about a quarter on topic, at least one, in no useful order."""
     others = [topic for topic in TOPICS if topic not in pair]
-    topics = [rng.choice(pair if rng.random() < 0.35 else others) for _ in range(depth)]
+    topics = [rng.choice(pair if rng.random() < 0.25 else others) for _ in range(depth)]
     topics[rng.randrange(depth)] = rng.choice(pair)
     passages = []
     for i, topic in enumerate(topics):
@@ -101,9 +101,11 @@ def demonstrator_order(
     return sorted(range(len(texts)), key=lambda i: -scores[i])
 
 
-def demonstrator_response(query: str, texts: Sequence[str], rng: random.Random) -> str:
+def demonstrator_response(task: str, query: str, texts: Sequence[str], rng: random.Random) -> str:
+    """Its reasoning, then all labels in its order (listwise) or the first of them (setwise)."""
     thought = " ".join(f"[{i}] {note(query, text)}" for i, text in enumerate(texts, start=1))
-    answer = " > ".join(f"[{i + 1}]" for i in demonstrator_order(query, texts, rng))
+    order = demonstrator_order(query, texts, rng)
+    answer = " > ".join(f"[{i + 1}]" for i in (order if task == "listwise" else order[:1]))
     return f"<think> {thought} </think> <answer> {answer} </answer>"
 
 
@@ -119,6 +121,7 @@ PROMPT = Prompt(
     received="[{i}]",
     request="rank for {query}",
 )
+PROMPTS = {"listwise": PROMPT, "setwise": replace(PROMPT, request="best for {query}")}
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|end|> {% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -170,26 +173,27 @@ def matching_lesson(tokenizer, query: str, texts: Sequence[str]) -> tuple[list[i
     return tokens, [token if token in notes else -100 for token in tokens]
 
 
-def ranking_lesson(
-    tokenizer, query: str, texts: Sequence[str], rng: random.Random
+def answering_lesson(
+    tokenizer, query: str, texts: Sequence[str], task: str, rng: random.Random
 ) -> tuple[list[int], list[int]]:
     """(tokens, targets) of a window with the demonstrator's response; only that is learned."""
-    asked = encode_chat(tokenizer, conversation(query, texts, PROMPT))
-    response = tokenizer.encode(demonstrator_response(query, texts, rng))
+    asked = encode_chat(tokenizer, conversation(query, texts, PROMPTS[task]))
+    response = tokenizer.encode(demonstrator_response(task, query, texts, rng))
     response.append(tokenizer.eos_token_id)
     return asked + response, [-100] * len(asked) + response
 
 
-def warm_start(lm, tokenizer, queries: list[Candidates], seed: int) -> None:
+def warm_start(lm, tokenizer, queries: list[Candidates], task: str, seed: int) -> None:
     """Teach the matching until it is learned, then the demonstrator's responses to windows."""
     rng = random.Random(seed)
 
-    def lesson_on(query: Candidates, lesson, *args):
+    def draw(lesson, *args):
+        query = rng.choice(queries)
         texts = [passage.text for passage in rng.sample(query.passages, SIZE)]
         return lesson(tokenizer, query.query, texts, *args)
 
-    teach(lm, "matching", 1500, lambda: lesson_on(rng.choice(queries), matching_lesson), until=0.1)
-    teach(lm, "ranking", 800, lambda: lesson_on(rng.choice(queries), ranking_lesson, rng))
+    teach(lm, "matching", 1500, lambda: draw(matching_lesson), until=0.1)
+    teach(lm, "answering", 800, lambda: draw(answering_lesson, task, rng))
 
 
 def teach(
@@ -224,36 +228,40 @@ def teach(
 
 PRESET = {
     "size": SIZE, "draws": 20, "max_new_tokens": 40, "batch_size": 16, "group_size": 16,
-    "steps": 120, "learning_rate": 2e-4, "beta": 0.05, "max_in_flight": 256,
+    "steps": 160, "learning_rate": 2e-4, "beta": 0.05, "max_in_flight": 256,
     "activation_checkpointing": False,
 }  # fmt: skip
 
 
-def prepare(seed: int) -> dict[str, str]:
-    """Generate the world and warm-start its model, once per seed; the settings that point there.
+def prepare(seed: int, task: str = "listwise") -> dict[str, str]:
+    """Generate the world and warm-start its model, once per seed and task; the settings that
+    point there.
 
     The folder appears whole or not at all, and a change of this file makes a new one.
     """
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
-    folder = CACHE / f"toy-{seed}-{version}"
+    folder = CACHE / f"toy-{task}-{seed}-{version}"
     if not folder.exists():
         building = CACHE / f"{folder.name}.{os.getpid()}.tmp"
         building.mkdir(parents=True)
-        train, held_out, qrels = make_world(seed)
-        data.write_candidates(train, building / "train.jsonl")
-        data.write_candidates(held_out, building / "held_out.jsonl")
-        data.write_qrels({q.qid: qrels[q.qid] for q in train}, building / "train.txt")
-        data.write_qrels({q.qid: qrels[q.qid] for q in held_out}, building / "held_out.txt")
-        lines = [f"{name} = {json.dumps(value)}" for name, value in asdict(PROMPT).items()]
-        (building / "prompt.toml").write_text("\n".join(lines) + "\n")
-        tokenizer = make_tokenizer()
-        lm = make_model(tokenizer, seed)
-        warm_start(lm, tokenizer, train, seed)
-        lm.save_pretrained(building / "model")
-        tokenizer.save_pretrained(building / "model")
+        build(building, seed, task)
         building.rename(folder)
     names = {
         "model": "model", "prompt": "prompt.toml", "candidates": "train.jsonl",
         "qrels": "train.txt", "eval_candidates": "held_out.jsonl", "eval_qrels": "held_out.txt",
     }  # fmt: skip
     return {setting: str(folder / name) for setting, name in names.items()}
+
+
+def build(folder: Path, seed: int, task: str) -> None:
+    train, held_out, qrels = make_world(seed)
+    for name, queries in (("train", train), ("held_out", held_out)):
+        data.write_candidates(queries, folder / f"{name}.jsonl")
+        data.write_qrels({q.qid: qrels[q.qid] for q in queries}, folder / f"{name}.txt")
+    lines = [f"{name} = {json.dumps(value)}" for name, value in asdict(PROMPTS[task]).items()]
+    (folder / "prompt.toml").write_text("\n".join(lines) + "\n")
+    tokenizer = make_tokenizer()
+    lm = make_model(tokenizer, seed)
+    warm_start(lm, tokenizer, train, task, seed)
+    lm.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")

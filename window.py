@@ -90,6 +90,7 @@ def conversation(query: str, passages: Sequence[str], prompt: Prompt) -> list[di
     messages.append({"role": "user", "content": fill(prompt.request)})
     return messages
 
+
 # -------------------------------------------------------------------------------- the response
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -120,6 +121,17 @@ def split_response(completion: str) -> tuple[str, str | None]:
     return reasoning.strip(), None if opened else reply
 
 
+def read_answer(reply: str | None, reasoning: bool) -> tuple[str, bool]:
+    """(the answer in a reply, whether it is whole): what its tags hold, cut off or not; without
+    `reasoning` the tags may be left out."""
+    reply = reply or ""
+    _, opened, answer = reply.partition("<answer>")
+    if not opened and not reasoning:
+        return reply, True
+    answer, closed, _ = answer.partition("</answer>")
+    return answer, bool(closed)
+
+
 def well_tagged(completion: str) -> bool:
     """Whether think and answer tags are all there, each once, in order."""
     places = [completion.find(tag) for tag in TAGS]
@@ -143,16 +155,13 @@ def parse_ranking(completion: str, n: int, reasoning: bool = True) -> Parsed:
         [3] > [2] > [1]                                  -> 1 2 3, malformed: no tags
     """
     thought, reply = split_response(completion)
-    _, opened, answer = (reply or "").partition("<answer>")
-    answer, closed, _ = answer.partition("</answer>")
-    if not opened and not reasoning:
-        answer = closed = reply or ""
+    answer, closed = read_answer(reply, reasoning)
     labels = (int(label) - 1 for label in LABEL.findall(answer))
     ranked = list(dict.fromkeys(i for i in labels if 0 <= i < n))
     return Parsed(
         order=ranked + sorted(set(range(n)) - set(ranked)),
         tags=well_tagged(completion),
-        listed=bool(closed and RANKING.fullmatch(answer)),
+        listed=closed and bool(RANKING.fullmatch(answer)),
         malformed=not ranked,
         reasoning=thought,
     )
@@ -175,8 +184,10 @@ def windows(n: int, size: int = 20, step: int = 10) -> list[tuple[int, int]]:
     if size < 2:
         raise ValueError(f"a window of {size} cannot rank: window_size must be at least 2")
     if not 1 <= step <= size:
-        raise ValueError(f"step_size must be 1 to window_size ({size}), not {step}: a larger one "
-                         "would skip candidates")
+        raise ValueError(
+            f"step_size must be 1 to window_size ({size}), not {step}: a larger one "
+            "would skip candidates"
+        )
     starts = [*range(n - size, 0, -step), 0]
     return [(start, min(start + size, n)) for start in starts] if n else []
 
@@ -193,12 +204,14 @@ def slide(n: int, size: int = 20, step: int = 10) -> Ranker:
 
 @dataclass(frozen=True)
 class Task:
-    """What the programs ask of a task; the conversation is in its prompt file."""
+    """What the programs ask of a task: how to converse, to read a reply, to reward it, to rank many
+    candidates with a model that sees few; and which windows to train on."""
 
-    prompt: Path  # the default prompt
+    prompt: Path  # the conversation, as a TOML file
     parse: Callable[..., Parsed]  # (completion, n, reasoning) -> Parsed
-    reward: Callable[..., float]  # (parsed, grades, judged, ...) -> reward
-    ranker: Callable[..., Ranker]  # (n, settings) -> Ranker
+    rewards: dict[str, Callable[..., float]]  # by name: (parsed, grades, judged, weights) -> reward
+    ranker: Callable[..., Ranker]  # (n candidates, AgentSettings) -> Ranker
+    training_set: Callable[..., list]  # (candidates, qrels, grpo's Settings) -> [data.Instance]
 
 
 def run_rankers(

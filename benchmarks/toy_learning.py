@@ -1,16 +1,17 @@
 """What GRPO learns in the offline world, by seed, beside its controls.
 
-    python benchmarks/toy_learning.py 11 12 13          # about 5 minutes a seed on one core
+    python benchmarks/toy_learning.py listwise 11 12 13        # 6 minutes a seed on one core
+    python benchmarks/toy_learning.py setwise 11 12 13
 
-For each seed (of the world, the warm start and the training alike), held-out greedy nDCG@10 of
+For each seed (of the world, the warm start and the training alike), greedy and held out, nDCG@10
+of the reranked candidates (listwise) or the share of windows whose best passage is named (setwise):
 
-    first     the first stage
     before    the warm-started model
     after     the trained one
     demo      the demonstrator that the warm start imitated, its noise taken out
     swapped   the trained model, every window shown with another query
-    shuffled  the model trained alike, but with the rewards shuffled within each group;
-              form is the share of its held-out responses that are well formed
+    shuffled  the model trained alike, but with the rewards shuffled within each group
+    form      the share of well-formed responses, after; and after training on shuffled rewards
 
 Written to benchmarks/toy_learning.jsonl as well, one line a seed.
 """
@@ -18,8 +19,10 @@ Written to benchmarks/toy_learning.jsonl as well, one line a seed.
 import json
 import random
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -28,19 +31,22 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 import grpo
 import toy
+from data import Candidates, Instance
 from evaluate import ndcg_table
 from rearank import Agent, AgentSettings, load_lm, rerank
 from shared_prompt import Policy
 from tasks import TASKS
-from window import load_prompt, windows
+from window import load_prompt, run_rankers
 
 OUT = Path(__file__).parents[1] / "runs" / "toy_learning"
+FIGURE = {"listwise": "ndcg@10", "setwise": "window_reward"}
 
 
-def train(seed: int, name: str) -> Path:
+def train(task: str, seed: int, name: str) -> Path:
     settings = grpo.Settings(
-        preset="toy", seed=seed, output_dir=str(OUT / f"{seed}-{name}"), **toy.PRESET
-    )
+        preset="toy", task=task, seed=seed, output_dir=str(OUT / f"{task}-{seed}-{name}"),
+        **toy.PRESET,
+    )  # fmt: skip
     return grpo.train(settings)
 
 
@@ -55,78 +61,109 @@ def shuffled(score, seed: int):
     return deal
 
 
-def reranked_with_other_queries(model: Path, candidates, prompt) -> list[data.Candidates]:
-    """Each query's candidates, ranked for a query that shares no topic with it."""
-    lm, tokenizer = load_lm(str(model), torch.float32, torch.device("cpu"))
-    settings = AgentSettings(window_size=toy.SIZE, step_size=toy.SIZE // 2, max_new_tokens=40)
-    agent = Agent(Policy(lm.eval()), tokenizer, prompt, TASKS["listwise"], settings)
-    others = [
-        next(
-            other.query
-            for other in candidates[i + 1 :] + candidates
-            if not set(other.query.split()) & set(query.query.split()) & set(toy.TOPICS)
-        )
-        for i, query in enumerate(candidates)
-    ]
-    asked = [replace(query, query=other) for query, other in zip(candidates, others)]
-    return rerank(agent, asked)
+def other_queries(queries: Sequence[Candidates | Instance]) -> list:
+    """Each with a query that shares no topic with its own."""
+
+    def topics(query):
+        return set(query.query.split()) & set(toy.TOPICS)
+
+    swapped = []
+    for i, query in enumerate(queries):
+        rest = [*queries[i + 1 :], *queries[:i]]
+        other = next(other for other in rest if not topics(other) & topics(query))
+        swapped.append(replace(query, query=other.query))
+    return swapped
 
 
-def demonstrator_reranked(candidates) -> list[data.Candidates]:
-    """The noise-free demonstrator, slid over the candidates as the model is."""
-    ranked = []
-    for query in candidates:
-        passages = list(query.passages)
-        for start, end in windows(len(passages), toy.SIZE, toy.SIZE // 2):
-            given = passages[start:end]
-            order = toy.demonstrator_order(query.query, [p.text for p in given])
-            passages[start:end] = [given[i] for i in order]
-        ranked.append(replace(query, passages=tuple(passages)))
-    return ranked
-
-
-def well_formed(run: Path) -> float:
-    records = map(json.loads, (run / "after" / "windows.jsonl").read_text().splitlines())
-    parsed = [TASKS["listwise"].parse(r["response"], len(r["given"]), True) for r in records]
-    return sum(p.tags and p.listed for p in parsed) / len(parsed)
-
-
-def measure(seed: int) -> dict:
-    files = toy.prepare(seed)
-    candidates, qrels = (
-        data.read_candidates(files["eval_candidates"]),
-        data.read_qrels(files["eval_qrels"]),
+def swapped_figure(task: str, run: Path, files: dict, windows: list[Instance]) -> float:
+    """The trained model's figure where every query is another's."""
+    lm, tokenizer = load_lm(str(run), torch.float32, torch.device("cpu"))
+    policy, prompt = Policy(lm.eval()), load_prompt(files["prompt"])
+    if task == "setwise":
+        greedy = grpo.Settings(**toy.PRESET | {"temperature": 0.0, "group_size": 1})
+        asked = list(enumerate(other_queries(windows)))
+        rollouts = grpo.sample_and_score(policy, tokenizer, prompt, TASKS[task], asked, 0, greedy)
+        return fmean(float(r.rewards[0]) for r in rollouts)
+    settings = AgentSettings(
+        window_size=toy.SIZE, step_size=toy.SIZE // 2, max_new_tokens=toy.PRESET["max_new_tokens"]
     )
-    run = train(seed, "reward")
+    agent = Agent(policy, tokenizer, prompt, TASKS[task], settings)
+    asked = other_queries(data.read_candidates(files["eval_candidates"]))
+    return ndcg_table(rerank(agent, asked), data.read_qrels(files["eval_qrels"]))["ndcg@10"]
+
+
+def demonstrator_figure(task: str, files: dict, windows: list[Instance]) -> float:
+    """The noise-free demonstrator's, by the same windows and the same sliding."""
+    if task == "setwise":
+        firsts = [
+            w.grades[toy.demonstrator_order(w.query, [p.text for p in w.passages])[0]]
+            for w in windows
+        ]
+        return fmean(first == max(w.grades) for first, w in zip(firsts, windows))
+    candidates = data.read_candidates(files["eval_candidates"])
+    settings = AgentSettings(window_size=toy.SIZE, step_size=toy.SIZE // 2)
+    pending, orders = [], {}
+
+    def collect():
+        (index, place), given = pending.pop()
+        texts = [candidates[index].passages[i].text for i in given]
+        return [((index, place), toy.demonstrator_order(candidates[index].query, texts))]
+
+    run_rankers(
+        [TASKS[task].ranker(len(query.passages), settings) for query in candidates],
+        lambda ticket, given: pending.append((ticket, given)), collect, orders.__setitem__,
+    )  # fmt: skip
+    ranked = [
+        replace(query, passages=tuple(query.passages[i] for i in orders[index]))
+        for index, query in enumerate(candidates)
+    ]
+    return ndcg_table(ranked, data.read_qrels(files["eval_qrels"]))["ndcg@10"]
+
+
+def well_formed(task: str, run: Path) -> float:
+    """The share of well-formed responses in the held-out evaluation after a run."""
+    records = map(json.loads, (run / "after" / "windows.jsonl").read_text().splitlines())
+    parsed = [TASKS[task].parse(r["response"], len(r["given"])) for r in records]
+    return fmean(p.tags and p.listed for p in parsed)
+
+
+def measure(task: str, seed: int) -> dict:
+    run = train(task, seed, "reward")
     score = grpo.score
     grpo.score = shuffled(score, seed)
     try:
-        control = train(seed, "shuffled")
+        control = train(task, seed, "shuffled")
     finally:
         grpo.score = score
 
-    def ndcg(run: Path, when: str, what: str = "after") -> float:
-        return json.loads((run / when / "metrics.json").read_text())[what]["ndcg@10"]
+    def held_out(run: Path, when: str) -> float:
+        return json.loads((run / when / "held_out.json").read_text())[FIGURE[task]]
 
-    swapped = reranked_with_other_queries(run, candidates, load_prompt(files["prompt"]))
+    files = toy.prepare(seed, task)
+    sampling = grpo.Settings(seed=seed, **toy.PRESET | {"draws": 3})
+    windows = TASKS[task].training_set(
+        data.read_candidates(files["eval_candidates"]), data.read_qrels(files["eval_qrels"]),
+        sampling,
+    )  # fmt: skip
     return {
+        "task": task,
         "seed": seed,
-        "first": ndcg(run, "before", "before"),
-        "before": ndcg(run, "before"),
-        "after": ndcg(run, "after"),
-        "demo": ndcg_table(demonstrator_reranked(candidates), qrels)["ndcg@10"],
-        "swapped": ndcg_table(swapped, qrels)["ndcg@10"],
-        "shuffled": ndcg(control, "after"),
-        "form": well_formed(run),
-        "shuffled_form": well_formed(control),
+        "before": held_out(run, "before"),
+        "after": held_out(run, "after"),
+        "demo": demonstrator_figure(task, files, windows),
+        "swapped": swapped_figure(task, run, files, windows),
+        "shuffled": held_out(control, "after"),
+        "form": well_formed(task, run),
+        "shuffled_form": well_formed(task, control),
     }
 
 
 def main() -> None:
     torch.set_num_threads(1)
+    task, *seeds = sys.argv[1:]
     rows = []
-    for seed in map(int, sys.argv[1:]):
-        rows.append(measure(seed))
+    for seed in map(int, seeds):
+        rows.append(measure(task, seed))
         with open(Path(__file__).with_suffix(".jsonl"), "a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
     print("| " + " | ".join(rows[0]) + " |")

@@ -668,3 +668,84 @@ def test_environment_is_put_back_after_an_error(monkeypatch):
         assert (os.environ["SET"], os.environ["UNSET"]) == ("x", "y")
         raise RuntimeError
     assert os.environ["SET"] == "before" and "UNSET" not in os.environ
+
+
+# --- Setwise: choices and triples ----------------------------------------------------------------
+
+
+def test_choice_windows_hold_one_best_passage_among_negatives():
+    passages = tuple(Passage(f"d{i}", f"text {i}", 9.0 - i) for i in range(9))
+    candidates = [Candidates("q", "a query", passages)]
+    qrels = {"q": {"d0": 1, "d1": 3, "d2": 3, "d3": 0, "gone": 2}}
+    windows = data.choice_training_set(candidates, qrels, 4, 200, seed=1)
+    assert len(windows) == 200
+    positives = set()
+    for window in windows:
+        assert len(window.passages) == len({p.docid for p in window.passages}) == 4
+        assert sorted(window.grades) == [0, 0, 0, 3] and window.judged == (3, 3, 2, 1)
+        assert "d0" not in {p.docid for p in window.passages}  # relevant, but not the best
+        positives.add((window.passages[window.grades.index(3)].docid, window.grades.index(3)))
+    assert positives == {(d, place) for d in ("d1", "d2") for place in range(4)}
+    assert data.choice_training_set(candidates, qrels, 4, 200, seed=1) == windows
+    assert data.choice_training_set(candidates, qrels, 4, 200, seed=2) != windows
+
+
+def test_choice_windows_with_few_negatives_take_all_and_without_any_there_are_none():
+    passages = tuple(Passage(f"d{i}", "", 0.0) for i in range(3))
+    candidates = [Candidates("q", "a query", passages)]
+    (window,) = data.choice_training_set(candidates, {"q": {"d0": 1}}, 20, 1)
+    assert sorted(window.grades) == [0, 0, 1]
+    assert data.choice_training_set(candidates, {"q": {"d0": 0}}, 20, 5) == []
+    assert data.choice_training_set(candidates, {"q": {f"d{i}": 1 for i in range(3)}}, 20, 5) == []
+    assert data.choice_training_set(candidates, {}, 20, 5) == []
+
+
+TRIPLE = {
+    "query_id": 7,
+    "query": "tides",
+    "positive_passages": [{"docid": "p", "title": "Moon", "text": "It pulls."}],
+    "negative_passages": [
+        {"docid": "n1", "text": "wind"},
+        {"docid": "n2", "title": "", "text": ""},
+    ],
+}
+
+
+def test_triples_are_read_as_candidates_and_judgments(tmp_path):
+    path = tmp_path / "triples.jsonl"
+    path.write_text(json.dumps(TRIPLE) + "\n")
+    ((query,), qrels) = data.read_triples(path)
+    assert (query.qid, query.query) == ("7", "tides")
+    assert [(p.docid, p.text) for p in query.passages] == [
+        ("p", "Title: Moon Content: It pulls."), ("n1", "wind"), ("n2", ""),
+    ]  # fmt: skip
+    assert qrels == {"7": {"p": 1, "n1": 0, "n2": 0}}
+    (window,) = data.choice_training_set([query], qrels, 3, 1)
+    assert sorted(window.grades) == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"query_id": None}, "field 'query_id' should be"),
+        ({"negative_passages": 3}, "field 'negative_passages' should be list"),
+        ({"negative_passages": [{"text": "x"}]}, "negative_passages 1: field 'docid' is missing"),
+        ({"negative_passages": [{"docid": "p", "text": "x"}]}, "docid p is there twice"),
+        ({"positive_passages": [{"docid": "p"}]}, "none of the text fields"),
+    ],
+)
+def test_bad_triples_are_named(tmp_path, change, message):
+    path = tmp_path / "triples.jsonl"
+    path.write_text(
+        json.dumps(TRIPLE) + "\n" + json.dumps(TRIPLE | {"query_id": 8} | change) + "\n"
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        data.read_triples(path)
+    assert f"{path}:2" in str(error.value)
+
+
+def test_a_query_with_two_triples_is_an_error(tmp_path):
+    path = tmp_path / "triples.jsonl"
+    path.write_text(2 * (json.dumps(TRIPLE) + "\n"))
+    with pytest.raises(ValueError, match=":2: second record of query_id 7"):
+        data.read_triples(path)

@@ -20,6 +20,7 @@ import grpo
 from grpo import Rollout, Settings, batch_at, group_advantages, k3, micro_batches, policy_loss
 from parallel import shard
 from shared_prompt import Group, Policy, Sample
+from tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 
@@ -312,7 +313,7 @@ def test_without_beta_no_reference_is_loaded(monkeypatch, flags, tmp_path):
 
 def test_a_training_set_of_the_real_data(dl19):
     candidates, qrels = map(str, dl19)
-    instances = grpo.load_instances(Settings(candidates=candidates, qrels=qrels))
+    instances = grpo.load_instances(TASKS["listwise"], Settings(candidates=candidates, qrels=qrels))
     assert 1000 < len(instances) < 43 * 50
     assert all(len(i.passages) == 20 and max(i.grades) > 0 for i in instances)
 
@@ -337,5 +338,7 @@ def test_wrong_flags_are_named(monkeypatch, capsys, wrong, message):
 
 def test_no_window_left_is_an_error(small, tmp_path):
     data.write_qrels({"q0": {"nothing": 1}}, tmp_path / "qrels.txt")
-    with pytest.raises(SystemExit, match="no training window left"):
-        grpo.load_instances(Settings(candidates=str(small[0]), qrels=str(tmp_path / "qrels.txt")))
+    settings = Settings(candidates=str(small[0]), qrels=str(tmp_path / "qrels.txt"))
+    for task in TASKS.values():
+        with pytest.raises(SystemExit, match="no training window left"):
+            grpo.load_instances(task, settings)

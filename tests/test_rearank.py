@@ -19,7 +19,7 @@ from rearank import (
     load_lm,
     rerank,
 )
-from window import Parsed, Task, conversation, slide, windows
+from window import Parsed, conversation, windows
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,9 +100,7 @@ def test_rankings_equal_a_plain_loop_over_generate(agent, tiny, max_in_flight):
     candidates, _ = collection(queries=5)
     sizes = (9, 5, 4, 1, 0)
     candidates = [replace(c, passages=c.passages[:n]) for c, n in zip(candidates, sizes)]
-    task = Task(
-        agent.task.prompt, permute, agent.task.reward, lambda n, s: slide(n, s.window_size, 2)
-    )
+    task = replace(agent.task, parse=permute)
     settings = replace(agent.settings, max_in_flight=max_in_flight)
     answers = []
     got = rerank(replace(agent, task=task, settings=settings), candidates, answers.append)

@@ -29,7 +29,7 @@ def test_grades_can_be_read_from_the_texts(world):
             (depth,) = (d for d, names in toy.DEPTHS.items() if set(names) & set(words))
             assert grades[passage.docid] == depth * bool(set(topics) & set(words))
     counts = [g for q in qrels.values() for g in q.values()]
-    assert {0, 1, 2, 3} == set(counts) and 0.5 < counts.count(0) / len(counts) < 0.7
+    assert {0, 1, 2, 3} == set(counts) and 0.6 < counts.count(0) / len(counts) < 0.8
 
 
 def test_held_out_queries_are_new_and_longer_than_a_window(world):
@@ -45,23 +45,27 @@ def test_a_world_depends_on_its_seed_alone(world):
 
 def test_the_demonstrator_reasons_rightly_and_ranks_badly():
     texts = ["a rivers note", "a violins treatise", "a canals summary", "a comets outline"]
-    response = toy.demonstrator_response("rivers and canals", texts, random.Random(0))
+    response = toy.demonstrator_response("listwise", "rivers and canals", texts, random.Random(0))
     parsed = parse_ranking(response, 4)
     assert parsed.tags and parsed.listed and not parsed.malformed
     assert parsed.reasoning == "[1] +brief [2] -deep [3] +fair [4] -fair"
     assert toy.demonstrator_order("rivers and canals", texts) == [1, 2, 3, 0]  # off topic, first
+    listwise = [i + 1 for i in parsed.order]
+    choice = toy.demonstrator_response("setwise", "rivers and canals", texts, random.Random(0))
+    assert choice.endswith(f"<answer> [{listwise[0]}] </answer>")
 
 
-def test_every_word_is_a_token_and_comes_back(world):
+@pytest.mark.parametrize("task", ["listwise", "setwise"])
+def test_every_word_is_a_token_and_comes_back(world, task):
     tokenizer, query = toy.make_tokenizer(), world[0][0]
     texts = [p.text for p in query.passages[: toy.SIZE]]
-    tokens, targets = toy.ranking_lesson(tokenizer, query.query, texts, random.Random(0))
+    tokens, targets = toy.answering_lesson(tokenizer, query.query, texts, task, random.Random(0))
     assert tokenizer.unk_token_id not in tokens
     response = [t for t in targets if t != -100]
     assert tokens[-len(response) :] == response and response[-1] == tokenizer.eos_token_id
-    expected = toy.demonstrator_response(query.query, texts, random.Random(0))
+    expected = toy.demonstrator_response(task, query.query, texts, random.Random(0))
     assert tokenizer.decode(response[:-1]) == expected
-    asked = encode_chat(tokenizer, conversation(query.query, texts, toy.PROMPT))
+    asked = encode_chat(tokenizer, conversation(query.query, texts, toy.PROMPTS[task]))
     assert tokens[: len(asked)] == asked and len(tokens) == len(asked) + len(response)
 
 
@@ -81,7 +85,7 @@ def test_prepared_once_whole_and_loadable(monkeypatch, tmp_path):
         toy, "teach", lambda lm, what, steps, *a, **k: taught.append(what) or teach(lm, what, 1, *a)
     )
     files = toy.prepare(seed=5)
-    assert toy.prepare(seed=5) == files and taught == ["matching", "ranking"]
+    assert toy.prepare(seed=5) == files and taught == ["matching", "answering"]
     assert load_prompt(files["prompt"]) == toy.PROMPT
     train, held_out, qrels = toy.make_world(5)
     assert data.read_candidates(files["candidates"]) == train
@@ -99,11 +103,12 @@ def test_the_preset_holds_known_settings():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [21, 22, 23])
-def test_grpo_learns_what_the_demonstrator_gets_wrong(seed, monkeypatch):
+@pytest.mark.parametrize("task", ["listwise", "setwise"])
+def test_grpo_learns_what_the_demonstrator_gets_wrong(task, seed, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     from toy_learning import measure
 
-    figures = measure(seed)
+    figures = measure(task, seed)
     assert figures["after"] >= figures["before"] + 0.10
     assert figures["after"] >= figures["demo"] + 0.05
     assert figures["swapped"] < figures["after"] - 0.10
