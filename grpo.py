@@ -36,6 +36,7 @@ from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
 import data
 import evaluate
+import lora
 import toy
 from data import Instance
 from parallel import all_reduce, gathered, processes, save, shard
@@ -62,7 +63,9 @@ class Settings:
 
     preset: str = setting("", "toy: the offline world of toy.py", choices=["", "toy"])
     # what is trained, on what
-    model: str = setting("Qwen/Qwen2.5-7B-Instruct", "Hugging Face name or folder of a causal LM")
+    model: str = setting(
+        "Qwen/Qwen2.5-7B-Instruct", "Hugging Face name or folder of a causal LM, or of an adapter"
+    )
     task: str = setting("listwise", "what the model is asked for", choices=sorted(TASKS))
     prompt: str = setting("", "TOML file with every turn's text; default: the task's own")
     candidates: str = setting("", "training queries with their first-stage candidates")
@@ -94,6 +97,8 @@ class Settings:
     learning_rate: float = setting(1e-6, "of AdamW, constant (not in the paper)")
     beta: float = setting(0.001, "weight of the KL to the reference; 0 keeps no reference (the "
                           "paper does not give its value)")  # fmt: skip
+    lora_rank: int = setting(0, "train a LoRA adapter of this rank (Rank-R1: 16); 0: all weights")
+    lora_alpha: int = setting(32, "the adapter is scaled by lora_alpha / lora_rank")
     clip: float = setting(0.2, "eps: how far the ratio may move before its gradient stops")
     average: str = setting("sequence", "mean over each response's tokens, then over responses; "
                            "or over all tokens alike", ["sequence", "token"])  # fmt: skip
@@ -455,8 +460,11 @@ def train_on(device: torch.device, settings: Settings) -> Path:
         name = "activation_checkpointing_enable"
         enable = getattr(lm, name, None) or lm.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+    if settings.lora_rank:
+        lora.add_adapter(lm, settings.lora_rank, settings.lora_alpha, settings.seed)
     policy = shard(Policy(lm).eval(), device)
-    optimizer = torch.optim.AdamW(policy.parameters(), settings.learning_rate, weight_decay=0.0)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, settings.learning_rate, weight_decay=0.0)
     reference = None
     if settings.beta:
         frozen, _ = load_lm(settings.model, torch.float32, torch.device("cpu"))

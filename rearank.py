@@ -26,6 +26,7 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import is_flash_attn_2_available
 
+import lora
 from data import Candidates, Passage
 from settings import parse_settings, setting
 from setwise import SORTS
@@ -36,7 +37,9 @@ from window import OPENING_TURNS, Parsed, Prompt, Task, conversation, load_promp
 
 @dataclass
 class AgentSettings:
-    model: str = setting("Qwen/Qwen2.5-7B-Instruct", "Hugging Face name or folder of a causal LM")
+    model: str = setting(
+        "Qwen/Qwen2.5-7B-Instruct", "Hugging Face name or folder of a causal LM, or of an adapter"
+    )
     task: str = setting("listwise", "what the model is asked for", choices=sorted(TASKS))
     prompt: str = setting("", "TOML file with every turn's text; default: the task's own")
     window_size: int = setting(20, "passages the model sees at once")
@@ -61,7 +64,8 @@ def load_lm(name: str, dtype: torch.dtype, device: torch.device):
         attention = "flash_attention_2"
     try:
         tokenizer = load_tokenizer(name)
-        lm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
+        load = lora.load_merged if lora.base_of(name) else AutoModelForCausalLM.from_pretrained
+        lm = load(name, dtype=dtype, attn_implementation=attention)
     except (OSError, ValueError) as error:
         raise SystemExit(f"--model {name}: cannot be loaded: {error}") from None
     if tokenizer.chat_template is None:
@@ -74,8 +78,11 @@ def load_lm(name: str, dtype: torch.dtype, device: torch.device):
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """AutoTokenizer rebuilds the tokenizer of every Qwen2 model as Qwen2's own, whatever its file
-    says; one that calls itself generic is taken as it is stored."""
-    if get_tokenizer_config(name).get("tokenizer_class") == "TokenizersBackend":
+    says; one that calls itself generic is taken as it is stored. An adapter may come without."""
+    config = get_tokenizer_config(name)
+    if not config and (base := lora.base_of(name)):
+        return load_tokenizer(base)
+    if config.get("tokenizer_class") == "TokenizersBackend":
         return PreTrainedTokenizerFast.from_pretrained(name)
     return AutoTokenizer.from_pretrained(name)
 
