@@ -2,13 +2,13 @@
 ranks it badly. No download, no GPU; minutes on two CPU cores. `grpo.py --preset toy` uses it.
 
 The collection. A query names two topics. A passage holds one topic word and one depth word among
-filler. Off topic it has grade 0, on topic 1, 2 or 3 by its depth word. No held-out query names a
-pair of topics that a training query names.
+filler. Off topic it has grade 0, on topic 1, 2 or 3: half its depth of 1 to 6, rounded up. No
+held-out query names a pair of topics that a training query names.
 
 The model is warm-started by imitating a mediocre ranker, the demonstrator. It reasons rightly: for
-each passage it writes whether it is on topic (+ or -) and how deep it goes. But it ranks badly: by
+each passage it writes whether it is on topic (+ or -) and how deep it goes. But then it ranks by
 depth, with too little weight on the topic, and with noise, so that a deep passage about something
-else comes before a brief one about the query. GRPO has to find by sampling what matters more.
+else comes before a shallow one about the query. GRPO has to find by sampling what matters more.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ SIZE = 6  # passages in a window
 TOPICS = """rivers volcanoes bridges violins comets glaciers beetles castles engines orchids
 harbours deserts falcons clocks cheeses canals whales mirrors lanterns tunnels saddles pianos reefs
 windmills""".split()
-DEPTHS = {1: ["glimpse", "note"], 2: ["summary", "outline"], 3: ["treatise", "monograph"]}
+DEPTHS = "glimpse note summary outline treatise monograph".split()  # depth 1 to 6
 FILLERS = "here is a text that some people wrote once for us all and then put away".split()
 
 
@@ -54,13 +54,13 @@ def make_world(
 
 
 def make_query(rng: random.Random, qid: str, pair: Sequence[str], depth: int) -> Candidates:
-    """A query and its first stage: about a quarter on topic, at least one, in no useful order."""
+    """A query and its first stage: about a third on topic, at least one, in no useful order."""
     others = [topic for topic in TOPICS if topic not in pair]
-    topics = [rng.choice(pair if rng.random() < 0.25 else others) for _ in range(depth)]
+    topics = [rng.choice(pair if rng.random() < 0.35 else others) for _ in range(depth)]
     topics[rng.randrange(depth)] = rng.choice(pair)
     passages = []
     for i, topic in enumerate(topics):
-        words = [*rng.choices(FILLERS, k=2), topic, rng.choice(DEPTHS[rng.randint(1, 3)])]
+        words = [*rng.choices(FILLERS, k=2), topic, rng.choice(DEPTHS)]
         text = " ".join(rng.sample(words, len(words)))
         passages.append(Passage(f"{qid}-d{i}", text, float(depth - i)))
     return Candidates(qid, " and ".join(rng.sample(pair, 2)), tuple(passages))
@@ -71,23 +71,25 @@ def on_topic(query: str, text: str) -> bool:
 
 
 def depth(text: str) -> int:
-    return next(level for level, words in DEPTHS.items() if set(words) & set(text.split()))
+    return next(level for level, word in enumerate(DEPTHS, start=1) if word in text.split())
 
 
 def grade(query: str, text: str) -> int:
-    return depth(text) if on_topic(query, text) else 0
+    return (depth(text) + 1) // 2 if on_topic(query, text) else 0
 
 
 # -------------------------------------------------------------------------------- the demonstrator
 
-TOPIC_WEIGHT, NOISE = 0.5, 0.7
-NOTES = {(on, level): sign + name for on, sign in ((True, "+"), (False, "-"))
-         for level, name in ((1, "brief"), (2, "fair"), (3, "deep"))}  # fmt: skip
+TOPIC_WEIGHT = 0.9  # beside a depth of 1 to 6: less than one step of depth
+NOISE = 1.4  # standard deviation of what is added to each score
 
 
 def note(query: str, text: str) -> str:
-    """What the reasoning says of a passage, in one word: +deep is about the topic, in depth."""
-    return NOTES[on_topic(query, text), depth(text)]
+    """What the reasoning says of a passage, in one word: +6 is about the topic, and deepest."""
+    return f"{'+' if on_topic(query, text) else '-'}{depth(text)}"
+
+
+NOTES = [f"{sign}{level}" for sign in "+-" for level in range(1, len(DEPTHS) + 1)]
 
 
 def demonstrator_order(
@@ -133,8 +135,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     special = ["<|end|>", "<|pad|>", "<|unknown|>", "<|system|>", "<|user|>", "<|assistant|>"]
     words = [
         *special, "<think>", "</think>", "<answer>", "</answer>", ">", "judge", "ready", "rank",
-        "best", "for", *(f"[{i}]" for i in range(1, 21)), *NOTES.values(), *TOPICS, *FILLERS,
-        *(word for level in DEPTHS.values() for word in level),
+        "best", "for", *(f"[{i}]" for i in range(1, 21)), *NOTES, *TOPICS, *FILLERS,
+        *DEPTHS,
     ]  # fmt: skip
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
     words_only = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
@@ -169,7 +171,7 @@ def matching_lesson(tokenizer, query: str, texts: Sequence[str]) -> tuple[list[i
     for text, message in zip(texts, messages[4::2]):
         message["content"] += " " + note(query, text)
     tokens = encode_chat(tokenizer, messages, generate=False)
-    notes = set(tokenizer.convert_tokens_to_ids(list(NOTES.values())))
+    notes = set(tokenizer.convert_tokens_to_ids(NOTES))
     return tokens, [token if token in notes else -100 for token in tokens]
 
 
@@ -228,7 +230,7 @@ def teach(
 
 PRESET = {
     "size": SIZE, "draws": 20, "max_new_tokens": 40, "batch_size": 16, "group_size": 16,
-    "steps": 160, "learning_rate": 2e-4, "beta": 0.05, "max_in_flight": 256,
+    "steps": 200, "learning_rate": 3e-4, "beta": 0.05, "max_in_flight": 256,
     "activation_checkpointing": False,
 }  # fmt: skip
 

@@ -26,10 +26,11 @@ def test_grades_can_be_read_from_the_texts(world):
         assert set(grades) == {p.docid for p in query.passages} and max(grades.values()) > 0
         for passage in query.passages:
             words = passage.text.split()
-            (depth,) = (d for d, names in toy.DEPTHS.items() if set(names) & set(words))
-            assert grades[passage.docid] == depth * bool(set(topics) & set(words))
+            (depth,) = (d for d, word in enumerate(toy.DEPTHS, start=1) if word in words)
+            expected = -(-depth // 2) if set(topics) & set(words) else 0
+            assert grades[passage.docid] == expected
     counts = [g for q in qrels.values() for g in q.values()]
-    assert {0, 1, 2, 3} == set(counts) and 0.6 < counts.count(0) / len(counts) < 0.8
+    assert {0, 1, 2, 3} == set(counts) and 0.5 < counts.count(0) / len(counts) < 0.7
 
 
 def test_held_out_queries_are_new_and_longer_than_a_window(world):
@@ -48,8 +49,9 @@ def test_the_demonstrator_reasons_rightly_and_ranks_badly():
     response = toy.demonstrator_response("listwise", "rivers and canals", texts, random.Random(0))
     parsed = parse_ranking(response, 4)
     assert parsed.tags and parsed.listed and not parsed.malformed
-    assert parsed.reasoning == "[1] +brief [2] -deep [3] +fair [4] -fair"
-    assert toy.demonstrator_order("rivers and canals", texts) == [1, 2, 3, 0]  # off topic, first
+    assert parsed.reasoning == "[1] +2 [2] -5 [3] +3 [4] -4"
+    order = toy.demonstrator_order("rivers and canals", texts)
+    assert order == [1, 3, 2, 0]  # the deeper ones off topic come first
     listwise = [i + 1 for i in parsed.order]
     choice = toy.demonstrator_response("setwise", "rivers and canals", texts, random.Random(0))
     assert choice.endswith(f"<answer> [{listwise[0]}] </answer>")
