@@ -64,9 +64,8 @@ def main() -> None:
             assert tokens == G * C, f"{side.__name__} made {tokens} tokens"
         seconds = median(times[1:])
         fastest = fastest or seconds
-        print(
-            f"| {side.__name__} | {seconds:.2f} | {tokens / seconds:.0f} | {seconds / fastest:.1f} |"
-        )
+        cells = f"{seconds:.2f} | {tokens / seconds:.0f} | {seconds / fastest:.1f}"
+        print(f"| {side.__name__} | {cells} |")
 
 
 if __name__ == "__main__":

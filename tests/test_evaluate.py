@@ -41,6 +41,17 @@ def test_dl19(monkeypatch, capsys, tmp_path, dl19, reranker, ndcg, windows):
     assert all(len(json.loads(line)["given"]) == 20 for line in lines)
 
 
+@pytest.mark.parametrize("sort, windows", [("heapsort", 933), ("bubblesort", 2322)])
+def test_dl19_setwise(monkeypatch, tmp_path, dl19, sort, windows):
+    """A perfect comparer sorts out the ten best, so nDCG@10 is the best of the 100 candidates."""
+    candidates, qrels = dl19
+    run(monkeypatch, "dl19", "--candidates", candidates, "--qrels", qrels, "--reranker", "oracle",
+        "--task", "setwise", "--sort", sort, "--output_dir", tmp_path)  # fmt: skip
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert round(metrics["after"]["ndcg@10"], 4) == 0.8922
+    assert metrics["windows"] == windows  # a heapsort's number depends on what it finds
+
+
 def test_a_model_reranks_and_every_window_is_written(monkeypatch, tmp_path, small, tiny):
     candidates, qrels = small
     run(monkeypatch, "--candidates", candidates, "--qrels", qrels, "--model", tiny,

@@ -311,6 +311,41 @@ def test_without_beta_no_reference_is_loaded(monkeypatch, flags, tmp_path):
     assert len(loaded) == 3
 
 
+def test_setwise_trains_on_triples(small, tiny, tmp_path):
+    candidates, qrels = data.read_candidates(small[0]), data.read_qrels(small[1])
+    with open(tmp_path / "triples.jsonl", "w") as file:
+        for query in candidates:
+            split = {True: [], False: []}
+            for p in query.passages:
+                relevant = qrels[query.qid][p.docid] > 0
+                split[relevant].append({"docid": p.docid, "title": "", "text": p.text})
+            record = {
+                "query_id": query.qid,
+                "query": query.query,
+                "positive_passages": split[True],
+                "negative_passages": split[False],
+            }
+            file.write(json.dumps(record) + "\n")
+    settings = Settings(
+        task="setwise", model=str(tiny), triples=str(tmp_path / "triples.jsonl"), size=4, draws=2,
+        steps=2, batch_size=2, group_size=3, max_new_tokens=30, reward="graded",
+        eval_candidates=str(small[0]), eval_qrels=str(small[1]), output_dir=str(tmp_path / "out"),
+    )  # fmt: skip
+    grpo.train(settings)
+    assert [m["step"] for m in metrics(tmp_path / "out")] == [0, 1]
+    held_out = json.loads((tmp_path / "out" / "after" / "held_out.json").read_text())
+    assert 0 <= held_out["window_reward"] <= 1 and 0 < held_out["ndcg@10"] <= 1
+
+
+def test_a_reward_of_another_task_is_an_error(small, tiny, tmp_path):
+    settings = Settings(
+        task="setwise", model=str(tiny), candidates=str(small[0]), qrels=str(small[1]),
+        reward="relative", output_dir=str(tmp_path),
+    )  # fmt: skip
+    with pytest.raises(SystemExit, match="--reward relative: setwise has exact, graded"):
+        grpo.train(settings)
+
+
 def test_a_training_set_of_the_real_data(dl19):
     candidates, qrels = map(str, dl19)
     instances = grpo.load_instances(TASKS["listwise"], Settings(candidates=candidates, qrels=qrels))
