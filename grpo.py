@@ -39,7 +39,7 @@ import evaluate
 import lora
 import toy
 from data import Instance
-from parallel import all_reduce, gathered, processes, save, shard
+from parallel import all_reduce, compute_dtype, gathered, processes, save, shard
 from rearank import (
     Agent,
     AgentSettings,
@@ -48,6 +48,7 @@ from rearank import (
     encode_window,
     end_tokens,
     load_lm,
+    prompt_attention,
     rerank,
 )
 from reward import WEIGHTS, ndcg_at_k
@@ -444,7 +445,10 @@ def train_on(device: torch.device, settings: Settings) -> Path:
         if rank == 0:
             toy.prepare(settings.seed, settings.task)
         dist.barrier()
-        settings = replace(settings, **toy.prepare(settings.seed, settings.task))
+        # What the command line says of these stays.
+        prepared, default = toy.prepare(settings.seed, settings.task), Settings()
+        unset = {k: v for k, v in prepared.items() if getattr(settings, k) == getattr(default, k)}
+        settings = replace(settings, **unset)
 
     # The policy, its optimizer, and the reference it is held to (none where beta is 0).
     task = TASKS[settings.task]
@@ -453,8 +457,11 @@ def train_on(device: torch.device, settings: Settings) -> Path:
         raise SystemExit(
             f"--reward {settings.reward}: {settings.task} has {', '.join(task.rewards)}"
         )
+    if bool(settings.eval_candidates) != bool(settings.eval_qrels):
+        raise SystemExit("held-out figures need both --eval_candidates and --eval_qrels")
     instances = load_instances(task, settings)
-    lm, tokenizer = load_lm(settings.model, torch.float32, torch.device("cpu"))
+    attention = prompt_attention(device, compute_dtype(device))
+    lm, tokenizer = load_lm(settings.model, torch.float32, attention)
     if settings.activation_checkpointing:
         # Its name since transformers 5.23, and the name before.
         name = "activation_checkpointing_enable"
@@ -467,7 +474,7 @@ def train_on(device: torch.device, settings: Settings) -> Path:
     optimizer = torch.optim.AdamW(trained, settings.learning_rate, weight_decay=0.0)
     reference = None
     if settings.beta:
-        frozen, _ = load_lm(settings.model, torch.float32, torch.device("cpu"))
+        frozen, _ = load_lm(settings.model, torch.float32, attention)
         reference = shard(Policy(frozen.requires_grad_(False).eval()), device)
 
     if rank == 0:
@@ -476,7 +483,7 @@ def train_on(device: torch.device, settings: Settings) -> Path:
         print(f"{len(instances)} training windows, {world} process(es), writing to {output_dir}")
     before = held_out(policy, tokenizer, prompt, task, settings, output_dir / "before")
 
-    bar = tqdm(range(settings.steps), desc="steps", disable=rank > 0, ncols=120)
+    bar = tqdm(range(settings.steps), desc="steps", disable=rank > 0, dynamic_ncols=True)
     for step in bar:
         started = time.perf_counter()
         places = batch_at(step, settings.batch_size, len(instances), settings.seed)

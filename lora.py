@@ -57,7 +57,7 @@ def main() -> None:
     adapter, out = sys.argv[1:]
     if base_of(adapter) is None:
         raise SystemExit(f"{adapter}: no adapter (it has no adapter_config.json)")
-    lm, tokenizer = load_lm(adapter, torch.bfloat16, torch.device("cpu"))
+    lm, tokenizer = load_lm(adapter, torch.bfloat16)
     lm.save_pretrained(out)
     tokenizer.save_pretrained(out)
 

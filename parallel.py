@@ -41,11 +41,14 @@ def all_reduce(values: Sequence[float], device: torch.device, op=dist.ReduceOp.S
     return tensor.tolist()
 
 
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What weights are rounded to for computing; they are kept in float32."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def shard(policy: Policy, device: torch.device) -> Policy:
-    """Split the weights over all processes: float32 where they are kept and where gradients are
-    summed, bfloat16 where a GPU computes."""
-    compute = torch.bfloat16 if device.type == "cuda" else torch.float32
-    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    """Split the weights over all processes. They are kept, and gradients summed, in float32."""
+    precision = MixedPrecisionPolicy(param_dtype=compute_dtype(device), reduce_dtype=torch.float32)
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in policy.lm.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
@@ -74,7 +77,7 @@ def save(policy: Policy, tokenizer: PreTrainedTokenizerBase, path: Path) -> None
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(policy, options=options)
     if dist.get_rank() == 0:
-        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        dtype = compute_dtype(next(policy.parameters()).device)
         weights = {k.removeprefix("lm."): w.to(dtype) for k, w in weights.items()}
         policy.lm.save_pretrained(path, state_dict=weights)
         tokenizer.save_pretrained(path)

@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -57,11 +58,17 @@ class AgentSettings:
 # ------------------------------------------------------------------------------- loading a model
 
 
-def load_lm(name: str, dtype: torch.dtype, device: torch.device):
-    """(model, tokenizer) by Hugging Face name or folder, and how it attends to a prompt."""
-    attention = "sdpa"
-    if device.type == "cuda" and dtype != torch.float32 and is_flash_attn_2_available():
-        attention = "flash_attention_2"
+def prompt_attention(device: torch.device, dtype: torch.dtype) -> str:
+    """How prompts are read when sampling: with flash-attn where it is installed and can be."""
+    flash = device.type == "cuda" and dtype != torch.float32 and is_flash_attn_2_available()
+    return "flash_attention_2" if flash else "sdpa"
+
+
+def load_lm(
+    name: str, dtype: torch.dtype, attention: str = "sdpa"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(model on the CPU, tokenizer) by Hugging Face name or folder. SystemExit, naming --model,
+    where it cannot be loaded or its tokenizer has no chat template."""
     try:
         tokenizer = load_tokenizer(name)
         load = lora.load_merged if lora.base_of(name) else AutoModelForCausalLM.from_pretrained
@@ -70,10 +77,10 @@ def load_lm(name: str, dtype: torch.dtype, device: torch.device):
         raise SystemExit(f"--model {name}: cannot be loaded: {error}") from None
     if tokenizer.chat_template is None:
         raise SystemExit(f"--model {name}: its tokenizer has no chat template; use a chat model")
-    print(f"{name}: {lm.num_parameters():,} parameters, {dtype}, {device}, reads prompts with "
-          + {"sdpa": "PyTorch SDPA", "flash_attention_2": "flash-attention 2"}[attention],
+    reader = {"sdpa": "PyTorch SDPA", "flash_attention_2": "flash-attention 2"}[attention]
+    print(f"{name}: {lm.num_parameters():,} parameters, reads prompts with {reader}",
           file=sys.stderr)  # fmt: skip
-    return lm.to(device), tokenizer
+    return lm, tokenizer
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -177,8 +184,8 @@ def load_agent(settings: AgentSettings) -> Agent:
     dtype = default if settings.dtype == "auto" else getattr(torch, settings.dtype)
     task = TASKS[settings.task]
     prompt = load_prompt(settings.prompt or task.prompt)
-    lm, tokenizer = load_lm(settings.model, dtype, device)
-    return Agent(Policy(lm.eval()), tokenizer, prompt, task, settings)
+    lm, tokenizer = load_lm(settings.model, dtype, prompt_attention(device, dtype))
+    return Agent(Policy(lm.eval().to(device)), tokenizer, prompt, task, settings)
 
 
 def rerank(

@@ -68,7 +68,7 @@ def peak_mb() -> float:
 def load(folder: Path):
     from rearank import load_lm
 
-    return load_lm(str(folder), torch.float32, torch.device("cpu"))
+    return load_lm(str(folder), torch.float32)
 
 
 def prompt_ids(folder: Path, tokenizer) -> list[int]:

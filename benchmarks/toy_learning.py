@@ -77,7 +77,7 @@ def other_queries(queries: Sequence[Candidates | Instance]) -> list:
 
 def swapped_figure(task: str, run: Path, files: dict, windows: list[Instance]) -> float:
     """The trained model's figure where every query is another's."""
-    lm, tokenizer = load_lm(str(run), torch.float32, torch.device("cpu"))
+    lm, tokenizer = load_lm(str(run), torch.float32)
     policy, prompt = Policy(lm.eval()), load_prompt(files["prompt"])
     if task == "setwise":
         greedy = grpo.Settings(**toy.PRESET | {"temperature": 0.0, "group_size": 1})

@@ -17,7 +17,6 @@ from shared_prompt import Group, Policy, pack_row, response_logprobs
 
 pytest.importorskip("peft")
 ROOT = Path(__file__).parents[1]
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ def test_only_the_adapter_is_saved_and_it_moved(adapter):
 
 
 def test_a_loaded_adapter_is_its_base_plus_the_product(adapter, tiny):
-    lm, _ = load_lm(str(adapter), torch.float32, CPU)
+    lm, _ = load_lm(str(adapter), torch.float32)
     base = AutoModelForCausalLM.from_pretrained(tiny)
     weights = load_file(adapter / "adapter_model.safetensors")
     changed = 0
@@ -61,7 +60,7 @@ def test_merging_writes_a_plain_model(adapter, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     merged = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    loaded, _ = load_lm(str(adapter), torch.float32, CPU)
+    loaded, _ = load_lm(str(adapter), torch.float32)
     for a, b in zip(merged.parameters(), loaded.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)  # written in bfloat16
 

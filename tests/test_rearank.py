@@ -75,12 +75,12 @@ def test_a_tokenizer_without_a_template_is_a_clear_error(agent, tmp_path):
     bare = agent.tokenizer.__class__(tokenizer_object=agent.tokenizer.backend_tokenizer)
     bare.save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match="no chat template"):
-        load_lm(str(tmp_path), torch.float32, torch.device("cpu"))
+        load_lm(str(tmp_path), torch.float32)
 
 
 def test_a_model_that_is_not_there_is_named():
     with pytest.raises(SystemExit, match="--model no/such/folder: cannot be loaded"):
-        load_lm("no/such/folder", torch.float32, torch.device("cpu"))
+        load_lm("no/such/folder", torch.float32)
 
 
 def test_too_long_a_window_is_an_error_before_anything_is_sampled(agent):
@@ -105,7 +105,7 @@ def test_rankings_equal_a_plain_loop_over_generate(agent, tiny, max_in_flight):
     answers = []
     got = rerank(replace(agent, task=task, settings=settings), candidates, answers.append)
 
-    lm, tokenizer = load_lm(str(tiny), torch.float32, torch.device("cpu"))
+    lm, tokenizer = load_lm(str(tiny), torch.float32)
     ends, responses = end_tokens(lm, tokenizer), []
     for query, ranked in zip(candidates, got):
         passages = list(query.passages)

@@ -93,7 +93,7 @@ def test_prepared_once_whole_and_loadable(monkeypatch, tmp_path):
     assert data.read_candidates(files["candidates"]) == train
     assert data.read_candidates(files["eval_candidates"]) == held_out
     assert data.read_qrels(files["eval_qrels"]) == {q.qid: qrels[q.qid] for q in held_out}
-    lm, tokenizer = load_lm(files["model"], torch.float32, torch.device("cpu"))
+    lm, tokenizer = load_lm(files["model"], torch.float32)
     assert tokenizer.get_vocab() == toy.make_tokenizer().get_vocab()
     assert lm.num_parameters() < 200_000
     assert not list(tmp_path.glob("*.tmp"))
