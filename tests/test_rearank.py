@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import collection
 
+import rearank
 from data import Candidates
 from rearank import (
     AgentSettings,
@@ -151,3 +152,27 @@ def test_the_command(tiny, tmp_path):
     assert wrong_flag.returncode == 2 and "--windowsize" in wrong_flag.stderr
     no_file = command("q", str(tmp_path / "none.txt"), *flags)
     assert no_file.returncode == 2 and "none.txt" in no_file.stderr
+
+
+def test_a_querys_opening_turns_are_read_once(agent, monkeypatch):
+    query = collection(queries=1)[0][0]
+    read, lengths = [], []
+    forward = agent.policy.lm.forward
+
+    def counted(ids, **kwargs):
+        read.append(ids.shape[1])
+        return forward(ids, **kwargs)
+
+    encode = rearank.encode_window
+
+    def encoded(*args):
+        ids, prefix = encode(*args)
+        lengths.append((len(ids), prefix))
+        return ids, prefix
+
+    monkeypatch.setattr(agent.policy.lm, "forward", counted)
+    monkeypatch.setattr(rearank, "encode_window", encoded)
+    rerank(agent, [query])
+    (prefix,) = {prefix for _, prefix in lengths}
+    assert len(lengths) == 4 and prefix > 20  # 9 passages: windows at 5, 3, 1 and 0
+    assert sum(read) == prefix + sum(length - prefix for length, _ in lengths)
