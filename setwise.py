@@ -12,9 +12,18 @@ passage of a window is the one to keep where no answer can be read.
 import re
 from collections.abc import Sequence
 
-from window import LABEL, PROMPTS, Parsed, Ranker, read_answer, split_response, well_tagged
+from data import choice_training_set
+from window import (
+    LABEL,
+    PROMPTS,
+    Parsed,
+    Ranker,
+    Task,
+    read_answer,
+    split_response,
+    well_tagged,
+)
 
-SETWISE_PROMPT = PROMPTS / "setwise.toml"
 CHOICE = re.compile(r"\s*\[[0-9]+\]\s*")
 
 # -------------------------------------------------------------------------------- the response
@@ -131,3 +140,13 @@ def bubblesort(n: int, k: int = 10, children: int = 19) -> Ranker:
 
 
 SORTS = {"heapsort": heapsort, "bubblesort": bubblesort}
+
+TASK = Task(
+    prompt=PROMPTS / "setwise.toml",
+    parse=parse_choice,
+    rewards={"exact": exact_reward, "graded": graded_reward},
+    ranker=lambda n, s: SORTS[s.sort](n, s.sort_top, s.window_size - 1),
+    training_set=lambda candidates, qrels, s: choice_training_set(
+        candidates, qrels, s.size, s.draws, s.seed
+    ),
+)
