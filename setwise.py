@@ -62,9 +62,10 @@ def exact_reward(parsed: Parsed, grades: Sequence[int], *_) -> float:
     """Rank-R1's reward: 1 for the bare label of a best-graded passage in the right tags, else 0.
 
     Where several passages share the best grade any of them is right: the judgments prefer none.
+    Where no passage is relevant none is right: naming just any must not pay.
     """
     right = parsed.tags and parsed.listed and not parsed.malformed
-    return float(right and grades[parsed.order[0]] == max(grades))
+    return float(right and grades[parsed.order[0]] == max(grades) > 0)
 
 
 def graded_reward(parsed: Parsed, grades: Sequence[int], *_) -> float:
@@ -81,12 +82,23 @@ def graded_reward(parsed: Parsed, grades: Sequence[int], *_) -> float:
 # ----------------------------------------------------------------------------------- the sorts
 
 
+def check_children(children: int) -> None:
+    """ValueError where a window would hold the parent alone, so that no choice could be made."""
+    if children < 1:
+        raise ValueError(
+            f"a window of {children + 1} offers no choice: window_size must be at least 2"
+        )
+
+
 def heapsort(n: int, k: int = 10, children: int = 19) -> Ranker:
     """The top k of n by a heap with `children` children per parent; the rest in given order.
 
     Building the heap asks level by level from the bottom, a level's parents in one batch.
-    Taking the top asks along the path that the last passage sinks.
+    Taking the top asks along the path that the last passage sinks: its parent is often one of the
+    last passages, and that is what an answer that cannot be read keeps there. Not stable: of
+    equally good passages any may come first. ValueError for `children` under 1.
     """
+    check_children(children)
     heap = list(range(n))
     # The places of each level of the heap that have children, from the top level down.
     levels, first = [], 0
@@ -127,7 +139,10 @@ def bubblesort(n: int, k: int = 10, children: int = 19) -> Ranker:
     """The top k of n by k passes from the bottom up, each carrying the best so far to the top.
 
     A window's first passage is the lowest-numbered place of the pass; its best moves there.
+    Stable: where the answers prefer, of equally good passages, the one shown first, so does the
+    top k; and where no answer can be read, nothing moves. ValueError for `children` under 1.
     """
+    check_children(children)
     order = list(range(n))
     for rank in range(min(k, n)):
         end = n

@@ -80,7 +80,7 @@ def grade(query: str, text: str) -> int:
 
 # -------------------------------------------------------------------------------- the demonstrator
 
-TOPIC_WEIGHT = 0.9  # beside a depth of 1 to 6: less than one step of depth
+TOPIC_WEIGHT = {"listwise": 0.9, "setwise": 1.9}  # beside a depth of 1 to 6: too little
 NOISE = 1.4  # standard deviation of what is added to each score
 
 
@@ -93,20 +93,19 @@ NOTES = [f"{sign}{level}" for sign in "+-" for level in range(1, len(DEPTHS) + 1
 
 
 def demonstrator_order(
-    query: str, texts: Sequence[str], rng: random.Random | None = None
+    task: str, query: str, texts: Sequence[str], rng: random.Random | None = None
 ) -> list[int]:
     """Positions, best first; without rng the demonstrator with its noise taken out."""
+    weight = TOPIC_WEIGHT[task]
     noise = [rng.gauss(0, NOISE) if rng else 0.0 for _ in texts]
-    scores = [
-        depth(text) + TOPIC_WEIGHT * on_topic(query, text) + e for text, e in zip(texts, noise)
-    ]
+    scores = [depth(text) + weight * on_topic(query, text) + e for text, e in zip(texts, noise)]
     return sorted(range(len(texts)), key=lambda i: -scores[i])
 
 
 def demonstrator_response(task: str, query: str, texts: Sequence[str], rng: random.Random) -> str:
     """Its reasoning, then all labels in its order (listwise) or the first of them (setwise)."""
     thought = " ".join(f"[{i}] {note(query, text)}" for i, text in enumerate(texts, start=1))
-    order = demonstrator_order(query, texts, rng)
+    order = demonstrator_order(task, query, texts, rng)
     answer = " > ".join(f"[{i + 1}]" for i in (order if task == "listwise" else order[:1]))
     return f"<think> {thought} </think> <answer> {answer} </answer>"
 
@@ -186,7 +185,10 @@ def answering_lesson(
 
 
 def warm_start(lm, tokenizer, queries: list[Candidates], task: str, seed: int) -> None:
-    """Teach the matching until it is learned, then the demonstrator's responses to windows."""
+    """Teach the matching until it is learned, then the demonstrator's responses to windows.
+
+    One label a response teaches choosing slowly, so for setwise every other batch ranks.
+    """
     rng = random.Random(seed)
 
     def draw(lesson, *args):
@@ -194,8 +196,11 @@ def warm_start(lm, tokenizer, queries: list[Candidates], task: str, seed: int) -
         texts = [passage.text for passage in rng.sample(query.passages, SIZE)]
         return lesson(tokenizer, query.query, texts, *args)
 
-    teach(lm, "matching", 1500, lambda: draw(matching_lesson), until=0.1)
-    teach(lm, "answering", 800, lambda: draw(answering_lesson, task, rng))
+    def answering(step: int):
+        return draw(answering_lesson, task if step % 2 else "listwise", rng)
+
+    teach(lm, "matching", 1500, lambda step: draw(matching_lesson), until=0.1)
+    teach(lm, "answering", 800, answering)
 
 
 def teach(
@@ -212,7 +217,7 @@ def teach(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05)
     recent = 1.0
     for step in (bar := trange(steps, desc=f"warm start, {what}", ncols=80)):
-        tokens, targets = map(torch.tensor, zip(*(draw_lesson() for _ in range(batch))))
+        tokens, targets = map(torch.tensor, zip(*(draw_lesson(step) for _ in range(batch))))
         loss = lm(input_ids=tokens, labels=targets).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)

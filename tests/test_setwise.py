@@ -99,14 +99,27 @@ def test_with_ties_the_top_has_the_best_grades(sort, draw, n, k, children):
     assert sorted(order) == list(range(n))
     assert [grades[i] for i in order[:k]] == sorted(grades, reverse=True)[:k]
     assert order[k:] == sorted(order[k:])
+    if sort is bubblesort:
+        assert order[:k] == sorted(range(n), key=lambda i: -grades[i])[:k]
+
+
+@given(**shapes)
+def test_answers_that_cannot_be_read_keep_the_parents(n, k, children):
+    """By bubblesort nothing moves; by heapsort each passage put at the root stays there."""
+    orders = run(
+        [bubblesort(n, k, children), heapsort(n, k, children)],
+        lambda _, given: list(range(len(given))),
+    )
+    assert orders[0] == list(range(n))
+    top = [0, *range(n - 1, 0, -1)][: min(n, k)]
+    assert orders[1] == top + [i for i in range(n) if i not in top]
 
 
 @pytest.mark.parametrize("sort", [heapsort, bubblesort])
-@given(**shapes)
-def test_a_comparer_that_never_answers_keeps_the_first_stage_on_top(sort, n, k, children):
-    """Malformed answers keep the parent: nothing rises, so the first passage stays first."""
-    order = run([sort(n, k, children)], lambda _, given: list(range(len(given))))[0]
-    assert sorted(order) == list(range(n)) and order[:1] == list(range(n))[:1]
+@pytest.mark.parametrize("children", [0, -3])
+def test_a_window_without_a_choice_is_an_error(sort, children):
+    with pytest.raises(ValueError, match="window_size must be at least 2"):
+        sort(5, 3, children).send(None)
 
 
 def textbook_comparisons(values: list[int], k: int, children: int) -> int:
@@ -163,6 +176,19 @@ def test_a_level_of_the_heap_is_one_batch():
     assert [given[0] for given in second] == [0] and len(second[0]) == 20
 
 
+def test_the_passages_of_a_level_sink_together():
+    """15 passages, worst first, two children: each sinks from its level down to a leaf."""
+    ranker, answers, sizes = heapsort(15, 1, 2), None, []
+    with pytest.raises(StopIteration):
+        while True:
+            batch = ranker.send(answers)
+            sizes.append(len(batch))
+            shown = [i for given in batch for i in given]
+            assert len(set(shown)) == len(shown)  # no passage is in two windows of a batch
+            answers = [best_first(range(15))(None, given) for given in batch]
+    assert sizes == [4, 2, 2, 1, 1, 1]
+
+
 # ---------------------------------------------------------------------------------- the rewards
 
 
@@ -178,4 +204,5 @@ def test_rewards():
         assert reward(chosen(2, tags=False), grades) == 0
         assert reward(chosen(2, listed=False), grades) == 0
         assert reward(chosen(2, malformed=True), grades) == 0
-    assert graded_reward(chosen(0), [0, 0, 0, 0]) == 0
+        assert reward(chosen(0), [0, 0, 0, 0]) == 0
+        assert reward(parse_choice("", 0), []) == 0

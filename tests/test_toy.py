@@ -50,11 +50,11 @@ def test_the_demonstrator_reasons_rightly_and_ranks_badly():
     parsed = parse_ranking(response, 4)
     assert parsed.tags and parsed.listed and not parsed.malformed
     assert parsed.reasoning == "[1] +2 [2] -5 [3] +3 [4] -4"
-    order = toy.demonstrator_order("rivers and canals", texts)
+    order = toy.demonstrator_order("listwise", "rivers and canals", texts)
     assert order == [1, 3, 2, 0]  # the deeper ones off topic come first
-    listwise = [i + 1 for i in parsed.order]
     choice = toy.demonstrator_response("setwise", "rivers and canals", texts, random.Random(0))
-    assert choice.endswith(f"<answer> [{listwise[0]}] </answer>")
+    best = toy.demonstrator_order("setwise", "rivers and canals", texts, random.Random(0))[0]
+    assert choice == f"{response.partition('<answer>')[0]}<answer> [{best + 1}] </answer>"
 
 
 @pytest.mark.parametrize("task", ["listwise", "setwise"])
@@ -104,8 +104,9 @@ def test_the_preset_holds_known_settings():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [21, 22, 23])
-@pytest.mark.parametrize("task", ["listwise", "setwise"])
+@pytest.mark.parametrize(
+    "task, seed", [("listwise", s) for s in (21, 22, 23)] + [("setwise", s) for s in (41, 42, 43)]
+)
 def test_grpo_learns_what_the_demonstrator_gets_wrong(task, seed, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     from toy_learning import measure
