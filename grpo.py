@@ -361,9 +361,9 @@ def load_instances(task: Task, settings: Settings) -> list[Instance]:
         else:
             raise SystemExit("training needs --candidates and --qrels, or --triples (or try "
                              "--preset toy)")  # fmt: skip
+        instances = task.training_set(*source, settings)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
-    instances = task.training_set(*source, settings)
     if not instances:
         raise SystemExit(
             f"no training window left of {settings.triples or settings.candidates}: no query has a "
