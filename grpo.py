@@ -442,6 +442,7 @@ def train_on(device: torch.device, settings: Settings) -> Path:
     stamp = f"{datetime.now():%Y%m%d-%H%M%S}"
     output_dir = Path(settings.output_dir or f"runs/{settings.preset or settings.task}-{stamp}")
     if settings.preset == "toy":
+        torch.set_num_threads(1)  # for matrices this small, more threads only wait for each other
         if rank == 0:
             toy.prepare(settings.seed, settings.task)
         dist.barrier()

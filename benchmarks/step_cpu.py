@@ -328,8 +328,6 @@ def compare(prompt: int, group: int, length: int, repeats: int) -> None:
 
 
 def curve(prompt: int, length: int, repeats: int) -> None:
-    import matplotlib.pyplot as plt
-
     sizes, rows = (2, 4, 8, 16, 32), {"ours": [], "trl": []}
     with tempfile.TemporaryDirectory() as name:
         make_model(Path(name), prompt)
@@ -342,13 +340,20 @@ def curve(prompt: int, length: int, repeats: int) -> None:
         cells = [f"{a[k]:{f}} | {b[k]:{f}}" for k, f in (("step", ".2f"), ("memory", ".0f"))]
         ratios = [f"{b[k] / a[k]:.1f}" for k in ("step", "memory")]
         print(f"| {group} | {cells[0]} | {ratios[0]} | {cells[1]} | {ratios[1]} |")
+    plot(sizes, rows)
+
+
+def plot(sizes: tuple[int, ...], rows: dict[str, list[dict]]) -> None:
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
     names = {"ours": "this project", "trl": "TRL"}
     labels = {"step": "seconds per step", "memory": "peak memory, MB"}
     for axis, (what, label) in zip(axes, labels.items()):
         for side, row in rows.items():
             axis.plot(sizes, [f[what] for f in row], marker="o", label=names[side])
-        axis.set(xlabel="responses per prompt (G)", ylabel=label, xscale="log", yscale="log")
+        axis.set(xlabel="responses per prompt (G)", ylabel=label, xscale="log")
+        axis.set_ylim(bottom=0)
         axis.set_xticks(sizes, [str(s) for s in sizes])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
