@@ -170,8 +170,12 @@ def matching_lesson(tokenizer, query: str, texts: Sequence[str]) -> tuple[list[i
     for text, message in zip(texts, messages[4::2]):
         message["content"] += " " + note(query, text)
     tokens = encode_chat(tokenizer, messages, generate=False)
+    return tokens, only_notes(tokenizer, tokens)
+
+
+def only_notes(tokenizer, targets: Sequence[int]) -> list[int]:
     notes = set(tokenizer.convert_tokens_to_ids(NOTES))
-    return tokens, [token if token in notes else -100 for token in tokens]
+    return [token if token in notes else -100 for token in targets]
 
 
 def answering_lesson(
@@ -184,8 +188,15 @@ def answering_lesson(
     return asked + response, [-100] * len(asked) + response
 
 
+def reasoning_lesson(tokenizer, *window) -> tuple[list[int], list[int]]:
+    """An answering lesson of which only the notes are learned."""
+    tokens, targets = answering_lesson(tokenizer, *window)
+    return tokens, only_notes(tokenizer, targets)
+
+
 def warm_start(lm, tokenizer, queries: list[Candidates], task: str, seed: int) -> None:
-    """Teach the matching until it is learned, then the demonstrator's responses to windows.
+    """Teach the matching, then the reasoning's notes, each until it is learned, and only then the
+    demonstrator's responses: where notes are wrong, GRPO has little to go by.
 
     One label a response teaches choosing slowly, so for setwise every other batch ranks.
     """
@@ -196,11 +207,12 @@ def warm_start(lm, tokenizer, queries: list[Candidates], task: str, seed: int) -
         texts = [passage.text for passage in rng.sample(query.passages, SIZE)]
         return lesson(tokenizer, query.query, texts, *args)
 
-    def answering(step: int):
-        return draw(answering_lesson, task if step % 2 else "listwise", rng)
+    def respond(lesson):
+        return lambda step: draw(lesson, task if step % 2 else "listwise", rng)
 
     teach(lm, "matching", 1500, lambda step: draw(matching_lesson), until=0.1)
-    teach(lm, "answering", 800, answering)
+    teach(lm, "reasoning", 1500, respond(reasoning_lesson), until=0.03)
+    teach(lm, "answering", 600, respond(answering_lesson))
 
 
 def teach(

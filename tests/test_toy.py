@@ -80,6 +80,17 @@ def test_matching_lessons_teach_the_note_after_each_passage(world):
     assert tokenizer.decode(tokens).count("<|end|>") == 4 + 2 * toy.SIZE
 
 
+@pytest.mark.parametrize("task", ["listwise", "setwise"])
+def test_reasoning_lessons_teach_the_notes_of_a_response(world, task):
+    tokenizer, query = toy.make_tokenizer(), world[0][0]
+    texts = [p.text for p in query.passages[: toy.SIZE]]
+    window = (tokenizer, query.query, texts, task)
+    tokens, targets = toy.reasoning_lesson(*window, random.Random(0))
+    assert tokens == toy.answering_lesson(*window, random.Random(0))[0]
+    notes = [toy.note(query.query, text) for text in texts]
+    assert tokenizer.convert_ids_to_tokens([t for t in targets if t != -100]) == notes
+
+
 def test_prepared_once_whole_and_loadable(monkeypatch, tmp_path):
     monkeypatch.setattr(toy, "CACHE", tmp_path)
     teach, taught = toy.teach, []
@@ -87,7 +98,7 @@ def test_prepared_once_whole_and_loadable(monkeypatch, tmp_path):
         toy, "teach", lambda lm, what, steps, *a, **k: taught.append(what) or teach(lm, what, 1, *a)
     )
     files = toy.prepare(seed=5)
-    assert toy.prepare(seed=5) == files and taught == ["matching", "answering"]
+    assert toy.prepare(seed=5) == files and taught == ["matching", "reasoning", "answering"]
     assert load_prompt(files["prompt"]) == toy.PROMPT
     train, held_out, qrels = toy.make_world(5)
     assert data.read_candidates(files["candidates"]) == train
