@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,26 @@ def all_reduce(values: Sequence[float], device: torch.device, op=dist.ReduceOp.S
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor, op)
     return tensor.tolist()
+
+
+def all_gather(thing: Any) -> list[Any]:
+    """Every process's thing, in the order of the ranks."""
+    things = [None] * dist.get_world_size()
+    dist.all_gather_object(things, thing)
+    return things
+
+
+def balanced(costs: Sequence[float], parts: int) -> list[list[int]]:
+    """The indices of costs in `parts` shares of about the same total: the costliest first, each to
+    the share that has least so far (within 4/3 of the best split; Graham 1969). Where there are
+    at least as many costs as parts, none is empty."""
+    shares: list[list[int]] = [[] for _ in range(parts)]
+    totals = [0.0] * parts
+    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        least = min(range(parts), key=lambda part: (totals[part], len(shares[part])))
+        shares[least].append(index)
+        totals[least] += costs[index]
+    return [sorted(share) for share in shares]
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
