@@ -19,8 +19,10 @@ schedule. Prompts are paid for once (shared_prompt.py), weights are sharded by P
 """
 
 import json
+import signal
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -34,12 +36,23 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
+import checkpoint
 import data
 import evaluate
 import lora
 import toy
 from data import Instance
-from parallel import all_reduce, compute_dtype, gathered, processes, save, shard
+from parallel import (
+    Interrupted,
+    StopSignal,
+    all_gather,
+    all_reduce,
+    balanced,
+    compute_dtype,
+    gathered,
+    processes,
+    shard,
+)
 from rearank import (
     Agent,
     AgentSettings,
@@ -93,6 +106,8 @@ class Settings:
     max_new_tokens: int = setting(2048, "length limit of a response, in tokens")
     temperature: float = setting(1.0, "of the sampling; log-probabilities are taken at it too")
     max_in_flight: int = setting(256, "responses sampled at once per process")
+    resample: int = setting(0, "dynamic sampling: how often a group whose rewards are all equal "
+                            "is sampled again, for another window")  # fmt: skip
     # the update
     updates_per_batch: int = setting(1, "optimizer steps per rollout batch, each on its share")
     learning_rate: float = setting(1e-6, "of AdamW, constant (not in the paper)")
@@ -108,7 +123,19 @@ class Settings:
                                               "process; changes no result")  # fmt: skip
     activation_checkpointing: bool = setting(True, "recompute layers in backward: less memory")
     seed: int = setting(0, "of the windows drawn, their order, and the sampling")
+    # what may go wrong
+    checkpoint_every: int = setting(10, "steps between checkpoints; a run that died goes on from "
+                                    "the last when started again with --output_dir")  # fmt: skip
+    keep_checkpoints: int = setting(2, "how many checkpoints stay, the newest")
+    max_skipped: int = setting(10, "updates whose loss or gradient was not finite, and which were "
+                               "skipped, before training stops")  # fmt: skip
 
+
+# They change no result, or only how far it goes; a run that goes on may have others.
+FREE_TO_CHANGE = {
+    "output_dir", "steps", "max_in_flight", "max_tokens_per_micro_batch",
+    "activation_checkpointing", "checkpoint_every", "keep_checkpoints", "max_skipped",
+}  # fmt: skip
 
 # ---------------------------------------------------------------------------------- the algorithm
 
@@ -181,6 +208,7 @@ def policy_loss(
 class Rollout:
     """One prompt's group: what was sampled, and what it is worth."""
 
+    place: int  # in the batch
     instance: Instance
     prompt: list[int]
     samples: list[Sample]
@@ -188,45 +216,106 @@ class Rollout:
     rewards: Tensor  # [G]
     advantages: Tensor  # [G]
 
+    def tokens(self) -> int:
+        """Distinct ones: what an update on this group costs."""
+        return len(self.prompt) + sum(len(sample.tokens) for sample in self.samples)
+
+
+@dataclass
+class Actor:
+    """What samples, and how its replies are read."""
+
+    policy: Policy
+    tokenizer: PreTrainedTokenizerBase
+    prompt: Prompt
+    task: Task
+
 
 def sample_and_score(
-    policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt,
-    task: Task,
-    batch: Sequence[tuple[int, Instance]],
-    step: int,
-    settings: Settings,
+    actor: Actor, batch: Sequence[tuple[int, Instance]], seed: tuple[int, ...], settings: Settings
 ) -> list[Rollout]:
-    """A group for each (place in the batch, instance). What is sampled depends on the seed, the
-    step and the place, not on which process samples it."""
+    """A group for each (place in the batch, instance). What is sampled depends on the seed and
+    the place, not on which process samples it."""
+    policy, tokenizer = actor.policy, actor.tokenizer
     sampler = Sampler(
         policy, end_tokens(policy.lm, tokenizer), settings.max_new_tokens, settings.temperature,
         max_in_flight=settings.max_in_flight,
     )  # fmt: skip
     prompts = {}
     for place, instance in batch:
-        texts = [passage.text for passage in instance.passages]
-        prompts[place], _ = encode_window(tokenizer, prompt, instance.query, texts)
+        prompts[place] = encode_instance(actor, instance)
         check_length(policy.lm, len(prompts[place]), settings.max_new_tokens)
-        seed = (settings.seed, step, place)
-        sampler.submit(Request(place, prompts[place], settings.group_size, seed=seed))
+        sampler.submit(Request(place, prompts[place], settings.group_size, seed=(*seed, place)))
     sampled = {}
     while complete := sampler.collect():
         sampled.update(complete)
 
     rollouts = []
     for place, instance in batch:
+        n = len(instance.passages)
         parsed = [
-            task.parse(decode_response(tokenizer, s), len(instance.passages), prompt.reasoning)
-            for s in sampled[place]
+            actor.task.parse(decode_response(tokenizer, sample), n, actor.prompt.reasoning)
+            for sample in sampled[place]
         ]
-        rewards = torch.tensor(score(task, parsed, instance, settings))
+        rewards = torch.tensor(score(actor.task, parsed, instance, settings))
         advantages = group_advantages(rewards, settings.group_size)
         rollouts.append(
-            Rollout(instance, prompts[place], sampled[place], parsed, rewards, advantages)
+            Rollout(place, instance, prompts[place], sampled[place], parsed, rewards, advantages)
         )
     return rollouts
+
+
+def encode_instance(actor: Actor, instance: Instance) -> list[int]:
+    texts = [passage.text for passage in instance.passages]
+    return encode_window(actor.tokenizer, actor.prompt, instance.query, texts)[0]
+
+
+def sample_shared(
+    actor: Actor,
+    batch: Sequence[tuple[int, Instance]],
+    seed: tuple[int, ...],
+    settings: Settings,
+    stop: StopSignal,
+    device: torch.device,
+) -> list[Rollout]:
+    """`sample_and_score`, each process its share: about as many tokens to read and, as far as can
+    be known before, to write. All rollouts, on every process; Interrupted on all after a signal."""
+    to_write = settings.group_size * settings.max_new_tokens
+    costs = [len(encode_instance(actor, instance)) + to_write for _, instance in batch]
+    share = [batch[i] for i in balanced(costs, dist.get_world_size())[dist.get_rank()]]
+    mine = stop.cut_short(lambda: sample_and_score(actor, share, seed, settings))
+    if stop.agreed(device):
+        raise Interrupted
+    return sorted((r for part in all_gather(mine) for r in part), key=lambda r: r.place)
+
+
+def sample_batch(
+    actor: Actor,
+    instances: list[Instance],
+    step: int,
+    settings: Settings,
+    stop: StopSignal,
+    device: torch.device,
+) -> tuple[list[Rollout], int]:
+    """A step's rollouts, the same on every process, and how many were thrown away.
+
+    A group whose rewards are all equal teaches nothing; with --resample, another window drawn at
+    random takes its place (dynamic sampling; DAPO, arXiv 2503.14476, section 3.2).
+    """
+    order = batch_at(step, settings.batch_size, len(instances), settings.seed)
+    wanted = [(place, instances[i]) for place, i in enumerate(order)]
+    rollouts, thrown_away = {}, 0
+    for attempt in range(1 + settings.resample):
+        seed = (settings.seed, step, attempt)
+        fresh = sample_shared(actor, wanted, seed, settings, stop, device)
+        rollouts |= {rollout.place: rollout for rollout in fresh}
+        equal = [rollout.place for rollout in fresh if not rollout.advantages.any()]
+        if not equal or attempt == settings.resample:
+            break
+        rng = np.random.default_rng(seed)
+        wanted = [(place, instances[rng.integers(len(instances))]) for place in equal]
+        thrown_away += len(equal)
+    return [rollouts[place] for place in range(settings.batch_size)], thrown_away
 
 
 def score(task: Task, parsed: list[Parsed], instance: Instance, settings: Settings) -> list[float]:
@@ -238,19 +327,29 @@ def score(task: Task, parsed: list[Parsed], instance: Instance, settings: Settin
 # --------------------------------------------------------------------------------------- update
 
 
+@dataclass
+class MicroBatch:
+    """Responses that go through the model together."""
+
+    row: Row
+    advantages: Tensor  # [R]
+    rollouts: list[Rollout]  # whose responses they are
+    weight: float = 1.0
+
+
 def micro_batches(
     rollouts: Sequence[Rollout], max_tokens: int, device: torch.device
-) -> list[tuple[Row, Tensor]]:
-    """Packed rows of at most `max_tokens` tokens, each with its responses' advantages [R].
+) -> list[MicroBatch]:
+    """Packed rows of at most `max_tokens` tokens.
 
     A group goes into one row where it fits; a larger one is split, and its prompt paid for again.
     A row always takes one response, even one that alone is over the limit.
     """
-    rows: list[list[tuple[Group, list[float]]]] = []
+    rows: list[list[tuple[Rollout, Group, list[float]]]] = []
     room = 0
     for rollout in rollouts:
         responses = [sample.tokens for sample in rollout.samples]
-        whole = len(rollout.prompt) + sum(map(len, responses))
+        whole = rollout.tokens()
         group = None
         for response, advantage in zip(responses, rollout.advantages.tolist()):
             first = group is None
@@ -260,17 +359,40 @@ def micro_batches(
                 rows.append([])
                 room, group = max_tokens, None
             if group is None:
-                group = (Group(rollout.prompt, []), [])
+                group = (rollout, Group(rollout.prompt, []), [])
                 rows[-1].append(group)
                 room -= len(rollout.prompt)
-            group[0].responses.append(response)
-            group[1].append(advantage)
+            group[1].responses.append(response)
+            group[2].append(advantage)
             room -= len(response)
     return [
-        (pack_row([group for group, _ in row], device),
-         torch.tensor([a for _, advantages in row for a in advantages], device=device))
+        MicroBatch(
+            pack_row([group for _, group, _ in row], device),
+            torch.tensor([a for _, _, advantages in row for a in advantages], device=device),
+            [rollout for rollout, _, _ in row],
+        )
         for row in rows
-    ]  # fmt: skip
+    ]
+
+
+def my_share(
+    rollouts: Sequence[Rollout], max_tokens: int, device: torch.device
+) -> list[MicroBatch]:
+    """This process's part of an update: about as many tokens as every other's, and as many rows.
+
+    Groups of equal rewards are left out: all their advantages are 0, so that they would only cost
+    time (and add their KL, which the mean over the batch thus counts as 0).
+    """
+    useful = [rollout for rollout in rollouts if rollout.advantages.any()]
+    shares = balanced([rollout.tokens() for rollout in useful], dist.get_world_size())
+    rows = micro_batches([useful[i] for i in shares[dist.get_rank()]], max_tokens, device)
+    # Each pass gathers weights from all processes, so all must make equally many: one that has
+    # fewer rows repeats one, with no weight.
+    missing = int(all_reduce([len(rows)], device, dist.ReduceOp.MAX)[0]) - len(rows)
+    if missing:
+        spare = (rows or micro_batches(useful[:1], max_tokens, device))[0]
+        rows += [replace(spare, weight=0.0)] * missing
+    return rows
 
 
 def update(
@@ -280,44 +402,45 @@ def update(
     rollouts: Sequence[Rollout],
     settings: Settings,
     device: torch.device,
-) -> dict[str, float]:
-    """The optimizer steps on one rollout batch; their mean loss, gradient norm, KL and share of
-    clipped tokens, over all processes."""
-    shares = [rollouts[i :: settings.updates_per_batch] for i in range(settings.updates_per_batch)]
-    batches = [micro_batches(s, settings.max_tokens_per_micro_batch, device) for s in shares]
-    for batch in batches:
-        # Each pass gathers weights from all processes, so all must make equally many: one that
-        # has fewer rows repeats its first, with no weight.
-        missing = int(all_reduce([len(batch)], device, dist.ReduceOp.MAX)[0]) - len(batch)
-        batch += [(batch[0][0], None)] * missing
+    interrupted: Callable[[], bool] = lambda: False,
+) -> tuple[dict[str, float], list[Rollout]]:
+    """The optimizer steps on one rollout batch, which every process holds whole.
 
+    Returns their mean loss, gradient norm, KL and share of clipped tokens, and the number of steps
+    that were skipped because the loss or the gradient was not finite; and the rollouts of those.
+    Raises Interrupted, the weights untouched, where `interrupted()` before the first step.
+    """
+    n = settings.updates_per_batch
+    shares = [rollouts[i::n] for i in range(n)]
+    batches = [my_share(share, settings.max_tokens_per_micro_batch, device) for share in shares]
     policy.train()
     t = settings.temperature
     with torch.no_grad():
         # Before the first step pi_old is pi itself; only later steps need it written down.
         olds = [
-            [policy(response_logprobs, row, t) for row, _ in batch]
-            if settings.updates_per_batch > 1 else [None] * len(batch)
+            [policy(response_logprobs, micro.row, t) for micro in batch]
+            if n > 1 else [None] * len(batch)
             for batch in batches
         ]  # fmt: skip
-    history = []
-    for batch, old_logprobs in zip(batches, olds):
-        real = [row for row, advantages in batch if advantages is not None]
-        sequences, tokens = all_reduce(
-            [sum(len(row.mask) for row in real), sum(int(row.mask.sum()) for row in real)], device
-        )
-        count = sequences if settings.average == "sequence" else tokens
-        sums = np.zeros(3)
-        for (row, advantages), old in zip(batch, old_logprobs):
+    history, offenders, skipped = [], [], 0
+    for share, batch, old_logprobs in zip(shares, batches, olds):
+        if not batch:
+            continue
+        lengths = [len(sample.tokens) for rollout in share for sample in rollout.samples]
+        count = len(lengths) if settings.average == "sequence" else sum(lengths)
+        sums, suspects = np.zeros(4), []
+        for micro, old in zip(batch, old_logprobs):
+            if not history and interrupted():
+                optimizer.zero_grad()
+                policy.eval()
+                raise Interrupted
+            row = micro.row
             with torch.no_grad():
                 ref = reference(response_logprobs, row, t) if reference else None
             new = policy(response_logprobs, row, t)
             old = new.detach() if old is None else old
-            weight = 0.0 if advantages is None else 1.0
-            if advantages is None:
-                advantages = torch.zeros(len(row.mask), device=device)
-            loss = weight * policy_loss(
-                new, old, ref, advantages, row.mask, settings.clip, settings.beta,
+            loss = micro.weight * policy_loss(
+                new, old, ref, micro.advantages, row.mask, settings.clip, settings.beta,
                 settings.average, count,
             )  # fmt: skip
             # FSDP averages gradients over the processes; the loss's mean is already over all.
@@ -325,16 +448,24 @@ def update(
             with torch.no_grad():
                 clipped = ((new - old).exp() - 1).abs() > settings.clip
                 kl = k3(new, ref) if reference else torch.zeros_like(new)
-                over_tokens = [weight * (x * row.mask).sum().item() for x in (kl, clipped)]
-                sums += [loss.item(), *over_tokens]
+                over_tokens = [(x * row.mask).sum().item() for x in (kl, clipped, row.mask)]
+            sums += [loss.item(), *(micro.weight * x for x in over_tokens)]
+            suspects += [] if loss.isfinite() else micro.rollouts
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm)
-        optimizer.step()
+        norm = float(norm.full_tensor())
+        loss, kl, clipped, tokens = all_reduce(sums, device)
+        if np.isfinite([loss, norm]).all():
+            optimizer.step()
+            history.append((loss, norm, kl / tokens, clipped / tokens))
+        else:
+            skipped += 1
+            suspects = [rollout for part in all_gather(suspects) for rollout in part]
+            offenders += suspects or share
         optimizer.zero_grad()
-        loss, kl, clipped = all_reduce(sums, device)
-        history.append((loss, float(norm.full_tensor()), kl / tokens, clipped / tokens))
     policy.eval()
     names = ("loss", "grad_norm", "kl", "clip_fraction")
-    return {name: fmean(values) for name, values in zip(names, zip(*history))}
+    means = np.mean(history, axis=0) if history else np.zeros(4)
+    return dict(zip(names, means.tolist())) | {"skipped_updates": skipped}, offenders
 
 
 # ----------------------------------------------------------------------------------------- train
@@ -373,74 +504,74 @@ def load_instances(task: Task, settings: Settings) -> list[Instance]:
 
 
 def held_out(
-    policy: Policy, tokenizer, prompt: Prompt, task: Task, settings: Settings, output_dir: Path
+    actor: Actor, settings: Settings, output_dir: Path, stop: StopSignal, device: torch.device
 ) -> dict[str, float] | None:
     """Greedy figures on the held-out queries: nDCG@10 of their candidates, reranked as
     evaluate.py does it, and the mean reward of windows drawn like those of training."""
     if not settings.eval_candidates:
         return None
-    figures = None
-    with gathered(policy):
-        if dist.get_rank() == 0:
-            candidates = data.read_candidates(settings.eval_candidates)
-            qrels = data.read_qrels(settings.eval_qrels)
-            agent_settings = AgentSettings(
-                model=settings.model, task=settings.task, window_size=settings.size,
-                step_size=max(1, settings.size // 2), max_new_tokens=settings.max_new_tokens,
-                max_in_flight=settings.max_in_flight,
-            )  # fmt: skip
-            agent = Agent(policy, tokenizer, prompt, task, agent_settings)
-            metrics = evaluate.evaluate(candidates, qrels, partial(rerank, agent), output_dir)
-            greedy = replace(settings, temperature=0.0, group_size=1, draws=3)
-            windows = list(enumerate(task.training_set(candidates, qrels, greedy)))
-            rollouts = sample_and_score(policy, tokenizer, prompt, task, windows, 0, greedy)
-            figures = {
-                "first_stage": metrics["before"]["ndcg@10"],
-                "ndcg@10": metrics["after"]["ndcg@10"],
-                "window_reward": fmean(float(r.rewards[0]) for r in rollouts),
-            }
-            (output_dir / "held_out.json").write_text(json.dumps(figures) + "\n")
-        dist.barrier()
+    file = output_dir / "held_out.json"
+    if all_gather(file.exists())[0]:
+        return json.loads(file.read_text())
+    candidates = data.read_candidates(settings.eval_candidates)
+    qrels = data.read_qrels(settings.eval_qrels)
+    agent_settings = AgentSettings(
+        model=settings.model, task=settings.task, window_size=settings.size,
+        step_size=max(1, settings.size // 2), max_new_tokens=settings.max_new_tokens,
+        max_in_flight=settings.max_in_flight,
+    )  # fmt: skip
+    agent = Agent(actor.policy, actor.tokenizer, actor.prompt, actor.task, agent_settings)
+    greedy = replace(settings, temperature=0.0, group_size=1, draws=3)
+    windows = list(enumerate(actor.task.training_set(candidates, qrels, greedy)))
+    with gathered(actor.policy):
+        metrics = evaluate.evaluate(candidates, qrels, partial(rerank, agent), output_dir)
+        rollouts = sample_shared(actor, windows, (0,), greedy, stop, device)
+    figures = {
+        "first_stage": metrics["before"]["ndcg@10"],
+        "ndcg@10": metrics["after"]["ndcg@10"],
+        "window_reward": fmean(float(r.rewards[0]) for r in rollouts),
+    }
+    if dist.get_rank() == 0:
+        checkpoint.write_whole(file, json.dumps(figures) + "\n")
     return figures
 
 
-def step_metrics(rollouts: list[Rollout], device: torch.device) -> dict[str, float]:
-    """Means over all responses of all processes."""
+def step_metrics(rollouts: list[Rollout]) -> dict[str, float]:
+    """Means over all responses."""
     rows = [
-        (
-            float(reward),
-            ndcg_at_k([r.instance.grades[i] for i in p.order], ideal=r.instance.judged),
-            p.tags and p.listed,
-            p.malformed,
-            len(s.tokens),
-            not s.finished,
-        )
+        {
+            "reward": float(reward),
+            "ndcg": ndcg_at_k([r.instance.grades[i] for i in p.order], ideal=r.instance.judged),
+            "well_formed": p.tags and p.listed,
+            "malformed": p.malformed,
+            "length": len(s.tokens),
+            "cut_off": not s.finished,
+        }
         for r in rollouts
         for reward, p, s in zip(r.rewards, r.parsed, r.samples)
     ]
-    equal = sum(bool((r.advantages == 0).all()) for r in rollouts)
-    *sums, n, equal, groups = all_reduce(
-        [*np.sum(rows, axis=0), len(rows), equal, len(rollouts)], device
-    )
-    names = ("reward", "ndcg", "well_formed", "malformed", "length", "cut_off")
-    return {name: total / n for name, total in zip(names, sums)} | {"equal_groups": equal / groups}
+    means = {name: fmean(row[name] for row in rows) for name in rows[0]}
+    return means | {"equal_groups": fmean(not r.advantages.any() for r in rollouts)}
 
 
 def train(settings: Settings) -> Path:
     """The whole job, on this process or as one of many. Returns where the model was saved."""
-    with processes() as device:
-        return train_on(device, settings)
+    with processes() as device, StopSignal() as stop:
+        try:
+            return train_on(device, settings, stop)
+        except Interrupted:
+            if dist.get_rank() == 0:
+                print(f"stopped by {signal.Signals(stop.number).name}", file=sys.stderr)
+            raise SystemExit(128 + stop.number) from None
 
 
-def train_on(device: torch.device, settings: Settings) -> Path:
+def train_on(device: torch.device, settings: Settings, stop: StopSignal) -> Path:
     rank, world = dist.get_rank(), dist.get_world_size()
-    if settings.batch_size % (world * settings.updates_per_batch):
+    if settings.batch_size < world * settings.updates_per_batch:
         raise SystemExit(
-            f"--batch_size {settings.batch_size} must be divisible by the {world} processes times "
-            f"--updates_per_batch {settings.updates_per_batch}"
+            f"--batch_size {settings.batch_size} must be at least --updates_per_batch "
+            f"{settings.updates_per_batch} times the number of processes, {world}"
         )
-    stamp = f"{datetime.now():%Y%m%d-%H%M%S}"
-    output_dir = Path(settings.output_dir or f"runs/{settings.preset or settings.task}-{stamp}")
     if settings.preset == "toy":
         torch.set_num_threads(1)  # for matrices this small, more threads only wait for each other
         if rank == 0:
@@ -453,7 +584,8 @@ def train_on(device: torch.device, settings: Settings) -> Path:
 
     # The policy, its optimizer, and the reference it is held to (none where beta is 0).
     task = TASKS[settings.task]
-    prompt = load_prompt(settings.prompt or task.prompt)
+    prompt_file = settings.prompt or task.prompt
+    prompt = load_prompt(prompt_file)
     if settings.reward and settings.reward not in task.rewards:
         raise SystemExit(
             f"--reward {settings.reward}: {settings.task} has {', '.join(task.rewards)}"
@@ -475,38 +607,99 @@ def train_on(device: torch.device, settings: Settings) -> Path:
     optimizer = torch.optim.AdamW(trained, settings.learning_rate, weight_decay=0.0)
     reference = None
     if settings.beta:
-        frozen, _ = load_lm(settings.model, torch.float32, attention)
+        # It never changes, so it is kept in the precision that it computes with.
+        frozen, _ = load_lm(settings.model, compute_dtype(device), attention)
         reference = shard(Policy(frozen.requires_grad_(False).eval()), device)
+    actor = Actor(policy, tokenizer, prompt, task)
 
+    # Where the run writes, and how far it has come: a new one, or one that was interrupted.
+    stamp = f"{datetime.now():%Y%m%d-%H%M%S}"
+    output_dir = settings.output_dir or f"runs/{settings.preset or settings.task}-{stamp}"
+    output_dir = Path(all_gather(output_dir)[0])  # their clocks may differ
+    same = {k: v for k, v in asdict(settings).items() if k not in FREE_TO_CHANGE}
+    try:
+        checkpoint.claim(output_dir, same)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    checkpoints = output_dir / "checkpoints"
+    facts = checkpoint.resume(checkpoints, policy, optimizer, same)
+    first, skipped = (facts["step"], facts["skipped"]) if facts else (0, 0)
+    saved = first
     if rank == 0:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "settings.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
         print(f"{len(instances)} training windows, {world} process(es), writing to {output_dir}")
-    before = held_out(policy, tokenizer, prompt, task, settings, output_dir / "before")
+        if first:
+            print(f"going on from step {first}, checkpointed there")
+        checkpoint.cut_logs(output_dir, first)
+    before = held_out(actor, settings, output_dir / "before", stop, device)
 
-    bar = tqdm(range(settings.steps), desc="steps", disable=rank > 0, dynamic_ncols=True)
+    def save_checkpoint(step: int) -> None:
+        nonlocal saved
+        checkpoint.save(
+            checkpoints, policy, optimizer, {"step": step, "skipped": skipped, "settings": same},
+            settings.keep_checkpoints,
+        )  # fmt: skip
+        saved = step
+
+    # From here on the state is worth keeping: a signal ends a step only where all can save.
+    stop.at_once = False
+    bar = tqdm(range(first, settings.steps), desc="steps", disable=rank > 0, dynamic_ncols=True,
+               initial=first, total=settings.steps)  # fmt: skip
     for step in bar:
         started = time.perf_counter()
-        places = batch_at(step, settings.batch_size, len(instances), settings.seed)
-        mine = [(place, instances[i]) for place, i in enumerate(places)][rank::world]
-        with gathered(policy):
-            rollouts = sample_and_score(policy, tokenizer, prompt, task, mine, step, settings)
-        sampled = time.perf_counter()
-        metrics = {"step": step} | step_metrics(rollouts, device)
-        metrics |= update(policy, reference, optimizer, rollouts, settings, device)
+        try:
+            with gathered(policy):
+                rollouts, thrown_away = sample_batch(actor, instances, step, settings, stop, device)
+            sampled = time.perf_counter()
+            figures, offenders = update(
+                policy, reference, optimizer, rollouts, settings, device,
+                interrupted=lambda: stop.agreed(device),
+            )  # fmt: skip
+        except Interrupted:
+            bar.close()
+            try:
+                if step > saved:
+                    save_checkpoint(step)
+            except OSError as error:
+                raise SystemExit(str(error)) from None
+            if rank == 0:
+                print(f"the same command with --output_dir {output_dir} goes on at step {step}")
+            raise
+        metrics = {"step": step} | step_metrics(rollouts) | {"thrown_away": thrown_away} | figures
         metrics |= {
             "sample_seconds": round(sampled - started, 2),
             "update_seconds": round(time.perf_counter() - sampled, 2),
         }
+        skipped += figures["skipped_updates"]
         if rank == 0:
-            log_step(output_dir, metrics, rollouts[0], tokenizer)
+            log_step(output_dir, metrics, rollouts[0], offenders, tokenizer)
             shown = {"reward": "reward", "ndcg": "ndcg", "len": "length", "kl": "kl",
                      "clip": "clip_fraction"}  # fmt: skip
             bar.set_postfix({k: f"{metrics[v]:.3g}" for k, v in shown.items()})
+        if skipped > settings.max_skipped:
+            raise SystemExit(
+                f"{skipped} updates were not finite and skipped (--max_skipped "
+                f"{settings.max_skipped}); their prompts are in {output_dir / 'skipped.jsonl'}"
+            )
+        if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
+            try:
+                save_checkpoint(step + 1)
+            except OSError as error:
+                # The weights are only here now: better to train on, and save them later.
+                if rank == 0:
+                    print(f"\n{error}\ntraining goes on without", file=sys.stderr)
+    stop.at_once = True
 
-    save(policy, tokenizer, output_dir)
-    after = held_out(policy, tokenizer, prompt, task, settings, output_dir / "after")
+    card = partial(checkpoint.model_card, asdict(settings), len(instances))
+    try:
+        checkpoint.export(policy, tokenizer, prompt_file, output_dir, card())
+    except OSError as error:
+        raise SystemExit(
+            f"the trained model could not be written: {error}\nonce it can be, the same command "
+            f"with --output_dir {output_dir} goes on from the last checkpoint"
+        ) from None
+    after = held_out(actor, settings, output_dir / "after", stop, device)
     if rank == 0:
+        checkpoint.write_whole(output_dir / "README.md", card(before, after))
         if before and after:
             print(
                 f"held-out nDCG@10: {before['ndcg@10']:.4f} before training, "
@@ -518,18 +711,31 @@ def train_on(device: torch.device, settings: Settings) -> Path:
     return output_dir
 
 
-def log_step(output_dir: Path, metrics: dict, rollout: Rollout, tokenizer) -> None:
-    """A line of figures, and one group of responses to read."""
-    with open(output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(metrics) + "\n")
-    with open(output_dir / "responses.jsonl", "a", encoding="utf-8") as file:
-        for reward, sample in zip(rollout.rewards.tolist(), rollout.samples):
-            record = {
-                "step": metrics["step"], "qid": rollout.instance.qid,
-                "query": rollout.instance.query, "grades": rollout.instance.grades,
-                "reward": reward, "response": decode_response(tokenizer, sample),
-            }  # fmt: skip
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+def log_step(
+    output_dir: Path, metrics: dict, rollout: Rollout, offenders: list[Rollout], tokenizer
+) -> None:
+    """A line of figures, one group of responses to read, and the prompts of skipped updates."""
+    step = metrics["step"]
+    responses = [
+        {
+            "step": step, "qid": rollout.instance.qid, "query": rollout.instance.query,
+            "grades": rollout.instance.grades, "reward": reward,
+            "response": decode_response(tokenizer, sample),
+        }
+        for reward, sample in zip(rollout.rewards.tolist(), rollout.samples)
+    ]  # fmt: skip
+    skipped = [
+        {"step": step, "qid": r.instance.qid, "prompt": tokenizer.decode(r.prompt),
+         "responses": [decode_response(tokenizer, sample) for sample in r.samples]}
+        for r in offenders
+    ]  # fmt: skip
+    for name, lines in zip(checkpoint.LOGS, ([metrics], responses, skipped)):
+        try:
+            if lines:
+                checkpoint.append(output_dir / name, lines)
+        except OSError as error:
+            # Neither the training nor these lines shall be lost to a full disk.
+            print(f"\n{error}\n{json.dumps(lines)}", file=sys.stderr)
 
 
 def main() -> None:

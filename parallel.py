@@ -1,39 +1,72 @@
-"""One process or many: the process group, sharded weights (PyTorch's FSDP2), saving.
+"""One process or many: the process group, signals, sharded weights (PyTorch's FSDP2).
 
 A single `python grpo.py` is a group of one, so that there is one way through the code.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from transformers import PreTrainedTokenizerBase
 
 from shared_prompt import Policy
+
+T = TypeVar("T")
+# How long one process may wait for the others, who may still be sampling; a dead one ends all at
+# once, through torchrun.
+PATIENCE = timedelta(hours=2)
 
 
 @contextmanager
 def processes() -> Iterator[torch.device]:
-    """Join the processes that torchrun started, or be the only one; yields this one's device."""
+    """Join the processes that torchrun started, or be the only one; yields this one's device.
+
+    Where one of many fails, it says why first and then leaves without a word to the others, so
+    that it neither waits for them nor lets their complaints come before its own; torchrun ends
+    them.
+    """
     backend, device = "gloo", torch.device("cpu")
     if torch.cuda.is_available():
         backend, device = "nccl", torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=PATIENCE)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield device
         dist.barrier()  # none leaves while another still talks to it
+    except BaseException as error:
+        if dist.get_world_size() > 1:
+            leave(error)
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def leave(error: BaseException) -> None:
+    """End this process at once, as Python ends on this error."""
+    code = error.code if isinstance(error, SystemExit) else 1
+    if not isinstance(error, SystemExit):
+        get_error_handler().record_exception(error)  # for torchrun's summary
+        traceback.print_exception(error)
+    elif isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
+# ------------------------------------------------------------------------ talking to the others
 
 
 def all_reduce(values: Sequence[float], device: torch.device, op=dist.ReduceOp.SUM) -> list[float]:
@@ -42,11 +75,25 @@ def all_reduce(values: Sequence[float], device: torch.device, op=dist.ReduceOp.S
     return tensor.tolist()
 
 
-def all_gather(thing: Any) -> list[Any]:
+def all_gather(thing: T) -> list[T]:
     """Every process's thing, in the order of the ranks."""
-    things = [None] * dist.get_world_size()
+    things: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(things, thing)
     return things
+
+
+def together(work: Callable[[], T]) -> T:
+    """Do `work` on this process; where it raises OSError or ValueError on any process, that is
+    raised on all, so that none goes on alone."""
+    result, error = None, None
+    try:
+        result = work()
+    except (OSError, ValueError) as failure:
+        error = failure
+    failures = [failure for failure in all_gather(error) if failure]
+    if failures:
+        raise failures[0]
+    return result
 
 
 def balanced(costs: Sequence[float], parts: int) -> list[list[int]]:
@@ -60,6 +107,57 @@ def balanced(costs: Sequence[float], parts: int) -> list[list[int]]:
         shares[least].append(index)
         totals[least] += costs[index]
     return [sorted(share) for share in shares]
+
+
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C asked the run to end."""
+
+
+class StopSignal:
+    """SIGTERM and SIGINT as a wish to stop, which each process hears at its own moment.
+
+    While `at_once`, a signal raises Interrupted where the process stands. Otherwise it is noted,
+    and where the processes next ask `agreed`, all learn of it together.
+    """
+
+    def __init__(self):
+        self.number, self.at_once = 0, True
+
+    def __enter__(self) -> "StopSignal":
+        self.before = {n: signal.signal(n, self.hear) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def hear(self, number: int, frame) -> None:
+        # torchrun repeats a Ctrl-C that the terminal has sent to all already; a person who
+        # repeats one does not want to wait.
+        if self.number and number == signal.SIGINT and "RANK" not in os.environ:
+            raise KeyboardInterrupt
+        self.number = number
+        if self.at_once:
+            raise Interrupted
+
+    def cut_short(self, work: Callable[[], T]) -> T | None:
+        """work(), which a signal ends at once: None. It must not need the other processes, and
+        the caller goes on to ask `agreed`."""
+        try:
+            self.at_once = True
+            return None if self.number else work()
+        except Interrupted:
+            return None
+        finally:
+            self.at_once = False
+
+    def agreed(self, device: torch.device) -> bool:
+        """Whether any process has heard a signal."""
+        self.number = int(all_reduce([self.number], device, dist.ReduceOp.MAX)[0])
+        return self.number > 0
+
+
+# ------------------------------------------------------------------------------- sharded weights
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -91,15 +189,3 @@ def gathered(policy: Policy) -> Iterator[None]:
             # The root is needed again as backward begins; FSDP's default keeps it, too.
             module.set_reshard_after_forward(module is not policy, recurse=False)
             module.reshard()
-
-
-def save(policy: Policy, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Write the model in Hugging Face form, in the precision it computes with."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(policy, options=options)
-    if dist.get_rank() == 0:
-        dtype = compute_dtype(next(policy.parameters()).device)
-        weights = {k.removeprefix("lm."): w.to(dtype) for k, w in weights.items()}
-        policy.lm.save_pretrained(path, state_dict=weights)
-        tokenizer.save_pretrained(path)
-    dist.barrier()

@@ -99,9 +99,9 @@ def ours(folder: Path, group: int, length: int, repeats: int) -> dict:
                 sampler.submit(Request(0, prompt, group, seed=(step,)))
                 ((_, samples),) = sampler.collect()
             sampled = time.perf_counter()
-            rewards = torch.tensor([float(s.tokens[0] % 2) for s in samples])
+            rewards = torch.arange(group) % 2.0  # equal ones would cost no update
             advantages = grpo.group_advantages(rewards, group)
-            rollout = grpo.Rollout(None, prompt, samples, [], rewards, advantages)
+            rollout = grpo.Rollout(0, None, prompt, samples, [], rewards, advantages)
             grpo.update(policy, reference, optimizer, [rollout], settings, device)
             steps.append(time.perf_counter() - started)
             updates.append(time.perf_counter() - sampled)

@@ -78,16 +78,16 @@ def other_queries(queries: Sequence[Candidates | Instance]) -> list:
 def swapped_figure(task: str, run: Path, files: dict, windows: list[Instance]) -> float:
     """The trained model's figure where every query is another's."""
     lm, tokenizer = load_lm(str(run), torch.float32)
-    policy, prompt = Policy(lm.eval()), load_prompt(files["prompt"])
+    actor = grpo.Actor(Policy(lm.eval()), tokenizer, load_prompt(files["prompt"]), TASKS[task])
     if task == "setwise":
         greedy = grpo.Settings(**toy.PRESET | {"temperature": 0.0, "group_size": 1})
         asked = list(enumerate(other_queries(windows)))
-        rollouts = grpo.sample_and_score(policy, tokenizer, prompt, TASKS[task], asked, 0, greedy)
+        rollouts = grpo.sample_and_score(actor, asked, (0,), greedy)
         return fmean(float(r.rewards[0]) for r in rollouts)
     settings = AgentSettings(
         window_size=toy.SIZE, step_size=toy.SIZE // 2, max_new_tokens=toy.PRESET["max_new_tokens"]
     )
-    agent = Agent(policy, tokenizer, prompt, TASKS[task], settings)
+    agent = Agent(actor.policy, tokenizer, actor.prompt, TASKS[task], settings)
     asked = other_queries(data.read_candidates(files["eval_candidates"]))
     return ndcg_table(rerank(agent, asked), data.read_qrels(files["eval_qrels"]))["ndcg@10"]
 

@@ -116,6 +116,7 @@ def rollouts_of(groups: list[Group], seed: int = 0) -> list[Rollout]:
     rng = torch.Generator().manual_seed(seed)
     return [
         Rollout(
+            place=place,
             instance=None,
             prompt=group.prompt,
             samples=[Sample(list(r)) for r in group.responses],
@@ -123,7 +124,7 @@ def rollouts_of(groups: list[Group], seed: int = 0) -> list[Rollout]:
             rewards=None,
             advantages=torch.randn(len(group.responses), generator=rng),
         )
-        for group in groups
+        for place, group in enumerate(groups)
     ]
 
 
@@ -140,7 +141,7 @@ def weights_after_one_step(rollouts, optimizer=torch.optim.SGD, lr=1e-3, **chang
     reference = shard(Policy(tiny_lm(1).requires_grad_(False)), torch.device("cpu"))
     settings = Settings(**({"beta": 0.1, "max_grad_norm": 1e9, "temperature": 0.8} | changes))
     step = optimizer(policy.parameters(), lr)
-    stats = grpo.update(
+    stats, _ = grpo.update(
         policy, reference if settings.beta else None, step, rollouts, settings, torch.device("cpu")
     )
     return [p.full_tensor().detach() for p in policy.parameters()], stats
@@ -205,12 +206,12 @@ def test_micro_batches_hold_every_response_once_within_the_budget(shapes, max_to
     groups = [Group([i] * p, [[i] * r for r in rs]) for i, (p, rs) in enumerate(shapes)]
     rollouts = rollouts_of(groups)
     rows = micro_batches(rollouts, max_tokens, torch.device("cpu"))
-    advantages = torch.cat([a for _, a in rows])
+    advantages = torch.cat([micro.advantages for micro in rows])
     assert advantages.tolist() == [a for r in rollouts for a in r.advantages.tolist()]
-    lengths = torch.cat([row.mask.sum(1) for row, _ in rows]).tolist()
+    lengths = torch.cat([micro.row.mask.sum(1) for micro in rows]).tolist()
     assert lengths == [len(r) for g in groups for r in g.responses]
-    for row, _ in rows:
-        assert row.tokens.numel() <= max_tokens or len(row.mask) == 1
+    for micro in rows:
+        assert micro.row.tokens.numel() <= max_tokens or len(micro.row.mask) == 1
     whole = sum(len(g.prompt) + sum(map(len, g.responses)) for g in groups)
     if whole <= max_tokens:
         assert len(rows) == 1
@@ -360,7 +361,7 @@ def test_a_training_set_of_the_real_data(dl19):
         (["--stepz", "3"], "unknown flag --stepz"),
         (["--preset", "tiny"], "invalid choice: 'tiny'"),
         (["--average", "median"], "invalid choice: 'median'"),
-        (["--batch_size", "5", "--updates_per_batch", "2"], "--batch_size 5 must be divisible"),
+        (["--batch_size", "1", "--updates_per_batch", "2"], "--batch_size 1 must be at least"),
     ],
 )
 def test_wrong_flags_are_named(monkeypatch, capsys, wrong, message):
