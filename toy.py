@@ -80,7 +80,7 @@ def grade(query: str, text: str) -> int:
 
 # -------------------------------------------------------------------------------- the demonstrator
 
-TOPIC_WEIGHT = {"listwise": 0.9, "setwise": 1.9}  # beside a depth of 1 to 6: too little
+TOPIC_WEIGHT = 0.9  # beside a depth of 1 to 6: too little
 NOISE = 1.4  # standard deviation of what is added to each score
 
 
@@ -93,19 +93,20 @@ NOTES = [f"{sign}{level}" for sign in "+-" for level in range(1, len(DEPTHS) + 1
 
 
 def demonstrator_order(
-    task: str, query: str, texts: Sequence[str], rng: random.Random | None = None
+    query: str, texts: Sequence[str], rng: random.Random | None = None
 ) -> list[int]:
     """Positions, best first; without rng the demonstrator with its noise taken out."""
-    weight = TOPIC_WEIGHT[task]
     noise = [rng.gauss(0, NOISE) if rng else 0.0 for _ in texts]
-    scores = [depth(text) + weight * on_topic(query, text) + e for text, e in zip(texts, noise)]
+    scores = [
+        depth(text) + TOPIC_WEIGHT * on_topic(query, text) + e for text, e in zip(texts, noise)
+    ]
     return sorted(range(len(texts)), key=lambda i: -scores[i])
 
 
 def demonstrator_response(task: str, query: str, texts: Sequence[str], rng: random.Random) -> str:
     """Its reasoning, then all labels in its order (listwise) or the first of them (setwise)."""
     thought = " ".join(f"[{i}] {note(query, text)}" for i, text in enumerate(texts, start=1))
-    order = demonstrator_order(task, query, texts, rng)
+    order = demonstrator_order(query, texts, rng)
     answer = " > ".join(f"[{i + 1}]" for i in (order if task == "listwise" else order[:1]))
     return f"<think> {thought} </think> <answer> {answer} </answer>"
 
@@ -198,21 +199,29 @@ def warm_start(lm, tokenizer, queries: list[Candidates], task: str, seed: int) -
     """Teach the matching, then the reasoning's notes, each until it is learned, and only then the
     demonstrator's responses: where notes are wrong, GRPO has little to go by.
 
-    One label a response teaches choosing slowly, so for setwise every other batch ranks.
+    One label a response teaches choosing slowly, so for setwise every other batch ranks. Every
+    third batch of answers is about a smaller window, since a heapsort has such.
     """
     rng = random.Random(seed)
 
-    def draw(lesson, *args):
+    def draw(lesson, size: int, *args):
         query = rng.choice(queries)
-        texts = [passage.text for passage in rng.sample(query.passages, SIZE)]
+        texts = [passage.text for passage in rng.sample(query.passages, size)]
         return lesson(tokenizer, query.query, texts, *args)
 
-    def respond(lesson):
-        return lambda step: draw(lesson, task if step % 2 else "listwise", rng)
+    def matching(step: int):
+        return draw(matching_lesson, SIZE)
 
-    teach(lm, "matching", 1500, lambda step: draw(matching_lesson), until=0.1)
-    teach(lm, "reasoning", 1500, respond(reasoning_lesson), until=0.03)
-    teach(lm, "answering", 600, respond(answering_lesson))
+    def reasoning(step: int):
+        return draw(reasoning_lesson, SIZE, task if step % 2 else "listwise", rng)
+
+    def answering(step: int):
+        size = SIZE if step % 3 else 2 + step // 3 % (SIZE - 2)
+        return draw(answering_lesson, size, task if step % 2 else "listwise", rng)
+
+    teach(lm, "matching", 1500, matching, until=0.1)
+    teach(lm, "reasoning", 1500, reasoning, until=0.03)
+    teach(lm, "answering", 700, answering)
 
 
 def teach(

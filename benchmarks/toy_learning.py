@@ -96,7 +96,7 @@ def demonstrator_figure(task: str, files: dict, windows: list[Instance]) -> floa
     """The noise-free demonstrator's, by the same windows and the same sliding."""
     if task == "setwise":
         firsts = [
-            w.grades[toy.demonstrator_order(task, w.query, [p.text for p in w.passages])[0]]
+            w.grades[toy.demonstrator_order(w.query, [p.text for p in w.passages])[0]]
             for w in windows
         ]
         return fmean(first == max(w.grades) for first, w in zip(firsts, windows))
@@ -107,7 +107,7 @@ def demonstrator_figure(task: str, files: dict, windows: list[Instance]) -> floa
     def collect():
         (index, place), given = pending.pop()
         texts = [candidates[index].passages[i].text for i in given]
-        return [((index, place), toy.demonstrator_order(task, candidates[index].query, texts))]
+        return [((index, place), toy.demonstrator_order(candidates[index].query, texts))]
 
     run_rankers(
         [TASKS[task].ranker(len(query.passages), settings) for query in candidates],

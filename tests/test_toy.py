@@ -50,10 +50,10 @@ def test_the_demonstrator_reasons_rightly_and_ranks_badly():
     parsed = parse_ranking(response, 4)
     assert parsed.tags and parsed.listed and not parsed.malformed
     assert parsed.reasoning == "[1] +2 [2] -5 [3] +3 [4] -4"
-    order = toy.demonstrator_order("listwise", "rivers and canals", texts)
+    order = toy.demonstrator_order("rivers and canals", texts)
     assert order == [1, 3, 2, 0]  # the deeper ones off topic come first
     choice = toy.demonstrator_response("setwise", "rivers and canals", texts, random.Random(0))
-    best = toy.demonstrator_order("setwise", "rivers and canals", texts, random.Random(0))[0]
+    best = toy.demonstrator_order("rivers and canals", texts, random.Random(0))[0]
     assert choice == f"{response.partition('<answer>')[0]}<answer> [{best + 1}] </answer>"
 
 
