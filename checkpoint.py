@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
@@ -255,7 +256,10 @@ def export(
         named = {k.removeprefix("lm."): w.to(dtype) for k, w in weights.items()}
         building = output_dir / "export.tmp"
         shutil.rmtree(building, ignore_errors=True)
-        policy.lm.save_pretrained(building, state_dict=named)
+        try:
+            policy.lm.save_pretrained(building, state_dict=named)
+        except SafetensorError as error:  # its word for a full disk
+            raise OSError(str(error)) from None
         tokenizer.save_pretrained(building)
         shutil.copy(prompt, building / "prompt.toml")
         (building / "README.md").write_text(card, encoding="utf-8")

@@ -197,10 +197,10 @@ def reasoning_lesson(tokenizer, *window) -> tuple[list[int], list[int]]:
 
 def warm_start(lm, tokenizer, queries: list[Candidates], task: str, seed: int) -> None:
     """Teach the matching, then the reasoning's notes, each until it is learned, and only then the
-    demonstrator's responses: where notes are wrong, GRPO has little to go by.
+    demonstrator's answers: where notes are wrong, GRPO has little to go by.
 
-    One label a response teaches choosing slowly, so for setwise every other batch ranks. Every
-    third batch of answers is about a smaller window, since a heapsort has such.
+    One label a response teaches slowly, so setwise learns to rank before it learns to choose. It
+    sees smaller windows too, since a heapsort has such.
     """
     rng = random.Random(seed)
 
@@ -215,13 +215,18 @@ def warm_start(lm, tokenizer, queries: list[Candidates], task: str, seed: int) -
     def reasoning(step: int):
         return draw(reasoning_lesson, SIZE, task if step % 2 else "listwise", rng)
 
-    def answering(step: int):
+    def ranking(step: int):
+        return draw(answering_lesson, SIZE, "listwise", rng)
+
+    def choosing(step: int):
         size = SIZE if step % 3 else 2 + step // 3 % (SIZE - 2)
-        return draw(answering_lesson, size, task if step % 2 else "listwise", rng)
+        return draw(answering_lesson, size, "setwise", rng)
 
     teach(lm, "matching", 1500, matching, until=0.1)
     teach(lm, "reasoning", 1500, reasoning, until=0.03)
-    teach(lm, "answering", 700, answering)
+    teach(lm, "ranking", 800, ranking)
+    if task == "setwise":
+        teach(lm, "choosing", 400, choosing)
 
 
 def teach(

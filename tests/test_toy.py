@@ -98,7 +98,7 @@ def test_prepared_once_whole_and_loadable(monkeypatch, tmp_path):
         toy, "teach", lambda lm, what, steps, *a, **k: taught.append(what) or teach(lm, what, 1, *a)
     )
     files = toy.prepare(seed=5)
-    assert toy.prepare(seed=5) == files and taught == ["matching", "reasoning", "answering"]
+    assert toy.prepare(seed=5) == files and taught == ["matching", "reasoning", "ranking"]
     assert load_prompt(files["prompt"]) == toy.PROMPT
     train, held_out, qrels = toy.make_world(5)
     assert data.read_candidates(files["candidates"]) == train
