@@ -262,7 +262,9 @@ def disk_full(bench: Bench, times: int) -> str:
 @contextmanager
 def file_system(path: Path, size: int):
     path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", path], check=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", path]
+    if subprocess.run(mount, capture_output=True).returncode:
+        raise PermissionError("not run: it takes the right to mount a file system")
     try:
         yield lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", path], check=True)
     finally:
@@ -314,14 +316,14 @@ def evaluation_killed(bench: Bench, times: int) -> str:
 
 # name, function, how often in short and in long
 FAULTS = [
-    ("training killed (SIGKILL) at a random moment", killed, 3, 30),
-    ("training killed while a checkpoint is written", killed_while_saving, 2, 20),
+    ("training killed (SIGKILL) at a random moment", killed, 2, 30),
+    ("training killed while a checkpoint is written", killed_while_saving, 1, 20),
     ("one of two processes killed, under torchrun", one_of_two_killed, 1, 5),
-    ("SIGTERM at a random moment", terminated, 2, 20),
-    ("Ctrl-C at a random moment", interrupted, 2, 10),
-    ("newest checkpoint damaged", damaged, 4, 12),
+    ("SIGTERM at a random moment", terminated, 1, 20),
+    ("Ctrl-C at a random moment", interrupted, 1, 10),
+    ("newest checkpoint damaged", damaged, 1, 12),
     ("disk full while checkpoints are written", disk_full, 1, 3),
-    ("evaluation killed at a random moment", evaluation_killed, 3, 20),
+    ("evaluation killed at a random moment", evaluation_killed, 2, 20),
 ]
 
 
@@ -332,7 +334,10 @@ def main() -> None:
         print("| fault | times | lost |\n|---|---|---|")
         for name, fault, few, many in FAULTS:
             times = many if long else few
-            print(f"| {name} | {times} | {fault(bench, times)} |", flush=True)
+            try:
+                print(f"| {name} | {times} | {fault(bench, times)} |", flush=True)
+            except PermissionError as error:
+                print(f"| {name} | 0 | {error} |", flush=True)
 
 
 if __name__ == "__main__":
