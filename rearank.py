@@ -11,9 +11,12 @@ From Python, for one query or thousands (all their windows share one batch):
 
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+import zlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from transformers import (
@@ -33,7 +36,7 @@ from settings import parse_settings, setting
 from setwise import SORTS
 from shared_prompt import Policy, Request, Sample, Sampler
 from tasks import TASKS
-from window import OPENING_TURNS, Parsed, Prompt, Task, conversation, load_prompt, run_rankers
+from window import OPENING_TURNS, Prompt, Task, conversation, load_prompt, run_rankers
 
 
 @dataclass
@@ -171,15 +174,19 @@ class Answer:
     """One answered window, as `rerank` reports it."""
 
     qid: str
+    window: int  # its number within the query, from 0
     given: list[str]  # the docids in the order the model saw them
-    parsed: Parsed
+    ranked: list[str]  # the docids, best first
+    malformed: bool  # no answer could be read, so the order is the given one
+    reasoning: str
     response: str
     tokens: int
     cut_off: bool  # by max_new_tokens
 
 
-def load_agent(settings: AgentSettings) -> Agent:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def load_agent(settings: AgentSettings, device: torch.device | None = None) -> Agent:
+    """The agent on `device`, by default the GPU where there is one."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     default = torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype = default if settings.dtype == "auto" else getattr(torch, settings.dtype)
     task = TASKS[settings.task]
@@ -192,38 +199,54 @@ def rerank(
     agent: Agent,
     candidates: Sequence[Candidates],
     on_answer: Callable[[Answer], None] = lambda answer: None,
+    known: Mapping[tuple[str, int], Answer] = MappingProxyType({}),
 ) -> list[Candidates]:
     """Each query's passages in the agent's order. All queries are under way at once, and each
-    goes on to its next window as soon as its last is answered."""
+    goes on to its next window as soon as its last is answered.
+
+    known: answers from before, by (qid, window), which are not asked for again nor reported;
+        ValueError where one is for other passages than its window shows now.
+    """
     settings, tokenizer = agent.settings, agent.tokenizer
     sampler = Sampler(
         agent.policy, end_tokens(agent.policy.lm, tokenizer), settings.max_new_tokens,
         settings.temperature, max_in_flight=settings.max_in_flight,
     )  # fmt: skip
-    shown: dict[tuple[int, int], list[int]] = {}
-    asked = 0
+    windows = Counter()  # so far, of each query
+    shown: dict[tuple[int, int], tuple[int, list[str]]] = {}  # the window, its docids
+    ready: list[tuple[tuple[int, int], list[int]]] = []  # what is answered by `known`
 
     def submit(ticket: tuple[int, int], given: list[int]) -> None:
-        nonlocal asked
         query = candidates[ticket[0]]
+        window, docids = windows[ticket[0]], [query.passages[i].docid for i in given]
+        windows[ticket[0]] += 1
+        if answer := known.get((query.qid, window)):
+            if answer.given != docids:
+                raise ValueError(f"the known answer to window {window} of query {query.qid} is "
+                                 "for other passages")  # fmt: skip
+            ready.append((ticket, [docids.index(docid) for docid in answer.ranked]))
+            return
         texts = [query.passages[i].text for i in given]
         ids, prefix = encode_window(tokenizer, agent.prompt, query.query, texts)
         check_length(agent.policy.lm, len(ids), settings.max_new_tokens)
-        shown[ticket] = given
-        # The seed counts a query's windows, so that no two of them draw the same numbers.
-        seed = (settings.seed, ticket[0], asked)
+        shown[ticket] = window, docids
+        # No two windows draw the same numbers, and each the same whichever others are asked.
+        seed = (settings.seed, zlib.crc32(query.qid.encode()), window)
         sampler.submit(Request(ticket, ids, prefix=prefix, seed=seed))
-        asked += 1
 
     def collect():
+        while ready:
+            yield ready.pop()
         for ticket, (sample,) in sampler.collect():
-            query, given = candidates[ticket[0]], shown.pop(ticket)
+            query, (window, docids) = candidates[ticket[0]], shown.pop(ticket)
             response = decode_response(tokenizer, sample)
-            parsed = agent.task.parse(response, len(given), agent.prompt.reasoning)
-            docids = [query.passages[i].docid for i in given]
+            parsed = agent.task.parse(response, len(docids), agent.prompt.reasoning)
             on_answer(
-                Answer(query.qid, docids, parsed, response, len(sample.tokens), not sample.finished)
-            )
+                Answer(
+                    query.qid, window, docids, [docids[i] for i in parsed.order], parsed.malformed,
+                    parsed.reasoning, response, len(sample.tokens), not sample.finished,
+                )
+            )  # fmt: skip
             yield ticket, parsed.order
 
     orders: dict[int, list[int]] = {}
@@ -262,8 +285,8 @@ def main() -> None:
 
     def show(answer: Answer) -> None:
         print(f"\nWindow of passages {', '.join(answer.given)}:", end="")
-        print(" NO ANSWER COULD BE READ, its order is kept" if answer.parsed.malformed else "")
-        print(textwrap.fill(answer.parsed.reasoning or "(no reasoning)", 80))
+        print(" NO ANSWER COULD BE READ, its order is kept" if answer.malformed else "")
+        print(textwrap.fill(answer.reasoning or "(no reasoning)", 80))
 
     passages = tuple(Passage(str(i), line, 0.0) for i, line in enumerate(lines, start=1))
     (ranked,) = rerank(load_agent(settings), [Candidates("1", inputs.query, passages)], show)

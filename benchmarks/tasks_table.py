@@ -19,6 +19,7 @@ from toy_learning import OUT, train
 import data
 import toy
 from evaluate import evaluate, judged_queries, oracle_rerank
+from parallel import processes
 from rearank import AgentSettings, load_agent, rerank
 
 SEED = 21
@@ -31,7 +32,8 @@ WAYS = {  # what is asked for, and how many are asked it
 
 def measure(candidates, qrels, rerank_all) -> dict:
     with tempfile.TemporaryDirectory() as out:
-        metrics = evaluate(candidates, qrels, rerank_all, Path(out))
+        with processes():
+            metrics = evaluate(candidates, qrels, rerank_all, Path(out))
         windows = (Path(out) / "windows.jsonl").read_text().splitlines()
     shown = sum(len(json.loads(line)["given"]) for line in windows)
     return {"ndcg": metrics["after"]["ndcg@10"], "calls": metrics["windows"], "shown": shown,
@@ -75,7 +77,7 @@ def main() -> None:
         rows = {}
         for way, settings in WAYS.items():
 
-            def judge(candidates, report, settings=settings):
+            def judge(candidates, report, known, settings=settings):
                 return oracle_rerank(candidates, qrels, AgentSettings(**settings), report)
 
             rows[way] = measure(candidates, qrels, judge)

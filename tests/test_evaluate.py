@@ -1,14 +1,27 @@
-"""evaluate.py: the figures of the real data, its files, and its errors."""
+"""evaluate.py: the figures of the real data, its files and its errors; many processes, and runs
+that die and go on."""
 
 import json
+import os
+import shutil
+import signal
+import subprocess
 import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import pytrec_eval
 
 import data
 import evaluate
+import rearank
+from rearank import AgentSettings, Answer, load_agent, rerank
 from settings import read_settings
+from window import LISTWISE_PROMPT
+
+ROOT = Path(__file__).parents[1]
 
 
 def run(monkeypatch, *args) -> None:
@@ -131,3 +144,249 @@ def test_settings_from_a_file(monkeypatch, tmp_path, small, suffix):
     path.write_text("[1, 2]")
     with pytest.raises(SystemExit, match="expected a mapping"):
         read_settings(path)
+
+
+# ---------------------------------------------------------- many processes, and runs that go on
+
+
+@pytest.fixture(scope="module")
+def flags(small, tiny) -> list:
+    """24 windows, 4 of each query."""
+    return ["--candidates", small[0], "--qrels", small[1], "--model", tiny, "--window_size", 4,
+            "--step_size", 2, "--max_new_tokens", 60]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory):
+    """Where one process wrote what it made of `flags` and more, in one go."""
+    done = {}
+
+    def run_once(*more) -> Path:
+        if more not in done:
+            done[more] = tmp_path_factory.mktemp("whole")
+            with pytest.MonkeyPatch.context() as patch:
+                run(patch, *flags, *more, "--output_dir", done[more])
+        return done[more]
+
+    return run_once
+
+
+def start(*args, processes: int = 1) -> subprocess.Popen:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    command = [sys.executable, *(launch if processes > 1 else []), "evaluate.py", *args]
+    return subprocess.Popen(
+        [*map(str, command)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def on_disk(out: Path, part: str = "*") -> int:
+    """How many whole lines the parts hold."""
+    return sum(p.read_bytes().count(b"\n") for p in out.glob(f"windows.part{part}.jsonl"))
+
+
+def wait_until(condition, process: subprocess.Popen) -> None:
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+
+
+def check_same(out: Path, other: Path) -> None:
+    assert sorted(p.name for p in out.iterdir()) == ["metrics.json", "run.txt", "windows.jsonl"]
+    for name in ("windows.jsonl", "run.txt"):
+        assert (out / name).read_bytes() == (other / name).read_bytes()
+    a, b = (json.loads((d / "metrics.json").read_text()) for d in (out, other))
+    assert a | {"seconds": 0} == b | {"seconds": 0}
+
+
+def count_asked(monkeypatch) -> list:
+    asked = []
+    submit = rearank.Sampler.submit
+    monkeypatch.setattr(
+        rearank.Sampler, "submit", lambda self, r: asked.append(r) or submit(self, r)
+    )
+    return asked
+
+
+def test_windows_are_in_order(whole):
+    lines = (whole() / "windows.jsonl").read_text().splitlines()
+    places = [(record["qid"], record["window"]) for record in map(json.loads, lines)]
+    assert places == [(f"q{q}", window) for q in range(6) for window in range(4)]
+
+
+def test_two_processes_write_what_one_does(flags, whole, tmp_path):
+    process = start(*flags, "--output_dir", tmp_path, processes=2)
+    wait_until(lambda: on_disk(tmp_path, "0") and on_disk(tmp_path, "1"), process)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    check_same(tmp_path, whole())
+    assert out.count("written to") == 1
+
+
+def test_killed_runs_go_on(monkeypatch, flags, whole, tmp_path):
+    kept = [0]
+    for number, code in [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGKILL, -9)]:
+        process = start(*flags, "--output_dir", tmp_path, "--max_in_flight", 1)
+        wait_until(lambda: on_disk(tmp_path) > kept[-1] + 1, process)
+        process.send_signal(number)
+        out, err = process.communicate()
+        assert process.returncode == code
+        assert kept == [0] or f"going on: {kept[-1]} windows are on disk" in out
+        kept.append(on_disk(tmp_path))
+        if number == signal.SIGINT:
+            assert f"interrupted: {kept[-1]} windows are kept" in err and "Traceback" not in err
+    assert 6 <= kept[-1] < 24
+    assert not (tmp_path / "metrics.json").exists()
+    (tmp_path / "windows.part0.jsonl").rename(tmp_path / "windows.part7.jsonl")
+    asked = count_asked(monkeypatch)
+    run(monkeypatch, *flags, "--output_dir", tmp_path)
+    assert len(asked) == 24 - kept[-1]
+    check_same(tmp_path, whole())
+
+
+def test_sampling_depends_on_neither_the_split_nor_the_kill(monkeypatch, flags, whole, tmp_path):
+    """One of two processes is killed, and a single one goes on."""
+    sampling = ("--temperature", 1.0, "--seed", 3)
+    process = start(*flags, *sampling, "--output_dir", tmp_path, "--max_in_flight", 1, processes=2)
+    wait_until(lambda: on_disk(tmp_path, "0") > 1 and on_disk(tmp_path, "1") > 1, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    process.communicate()
+    kept = on_disk(tmp_path)
+    assert process.returncode != 0 and 4 <= kept < 24
+    asked = count_asked(monkeypatch)
+    run(monkeypatch, *flags, *sampling, "--output_dir", tmp_path)
+    assert len(asked) == 24 - kept
+    check_same(tmp_path, whole(*sampling))
+    greedy, sampled = ((d / "windows.jsonl").read_text() for d in (whole(), whole(*sampling)))
+    assert greedy != sampled
+
+
+def test_an_error_is_said_once(small, tmp_path):
+    process = start("--candidates", "no.json", "--qrels", small[1], "--output_dir", tmp_path,
+                    processes=2)  # fmt: skip
+    _, err = process.communicate()
+    assert process.returncode == 1 and err.count("No such file or directory: 'no.json'") == 1
+
+
+@pytest.fixture
+def unfinished(flags, tmp_path) -> Path:
+    """The folder of an evaluation that died after some windows."""
+    collect, calls = rearank.Sampler.collect, []
+
+    def fail_later(self):
+        calls.append(1)
+        if len(calls) > 4:
+            raise OSError("the plug is pulled")
+        return collect(self)
+
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rearank.Sampler, "collect", fail_later)
+        with pytest.raises(SystemExit, match="the plug is pulled"):
+            run(patch, *flags, "--output_dir", out, "--max_in_flight", 2)
+    assert 4 <= on_disk(out) < 24
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "names, more",
+    [
+        ("temperature", ["--temperature", 0.5]),
+        ("candidates, top_k", ["--top_k", 8]),
+        ("prompt", ["--prompt", "{}/prompt.toml"]),
+        ("qrels", ["--qrels", "{}/qrels.txt"]),
+        ("model, model files", ["--model", "{}/model"]),
+        ("model files", []),
+    ],
+)
+def test_another_evaluation_is_never_mixed_in(
+    monkeypatch, flags, unfinished, tmp_path, names, more
+):
+    tiny, qrels = Path(flags[5]), Path(flags[3])
+    (tmp_path / "prompt.toml").write_text(LISTWISE_PROMPT.read_text().replace("careful", "fair"))
+    (tmp_path / "qrels.txt").write_text(qrels.read_text() + "q0 0 late 1\n")
+    shutil.copytree(tiny, tmp_path / "model")
+    if names == "model files":
+        os.utime(tiny / "model.safetensors")  # trained once more, into the same folder
+    before = contents(unfinished)
+    message = f"unfinished evaluation with another {names}: give another --output_dir"
+    with pytest.raises(SystemExit, match=f"{unfinished} holds [0-9]+ windows of an {message}"):
+        more = [str(arg).format(tmp_path) for arg in more]
+        run(monkeypatch, *flags, *more, "--output_dir", unfinished)
+    assert contents(unfinished) == before
+
+
+def test_a_torn_line_is_asked_again(monkeypatch, capsys, flags, whole, unfinished):
+    kept = on_disk(unfinished)
+    with open(unfinished / "windows.part0.jsonl", "r+b") as part:
+        part.truncate(os.path.getsize(part.name) - 5)
+    asked = count_asked(monkeypatch)
+    run(monkeypatch, *flags, "--output_dir", unfinished)
+    assert f"going on: {kept - 1} windows are on disk" in capsys.readouterr().out
+    assert len(asked) == 24 - (kept - 1)
+    check_same(unfinished, whole())
+
+
+def test_a_torn_line_is_off_the_disk_before_the_next(monkeypatch, flags, whole, unfinished):
+    """So that what is written behind it can be read when the run dies once more."""
+    kept = on_disk(unfinished)
+    with open(unfinished / "windows.part0.jsonl", "ab") as part:
+        part.write(b'{"qid": "q0", "win')
+
+    def answer_one(candidates, on_answer, known):
+        on_answer(Answer("q5", 9, ["a"], ["a"], False, "", "", 0, False))
+        raise OSError("the plug is pulled again")
+
+    monkeypatch.setattr(evaluate, "choose_reranker", lambda *_: answer_one)
+    with pytest.raises(SystemExit, match="pulled again"):
+        run(monkeypatch, *flags, "--output_dir", unfinished)
+    assert len(evaluate.read_parts(unfinished)) == kept + 1
+
+
+@pytest.mark.parametrize("damage", ["", "{", '{"qid": "q0"}', "[1]", "\0\0\0"])
+def test_a_damaged_line_is_named(monkeypatch, flags, unfinished, damage):
+    part = unfinished / "windows.part0.jsonl"
+    lines = part.read_text().split("\n")
+    part.write_text("\n".join([lines[0], damage, *lines[2:]]))
+    with pytest.raises(SystemExit, match=r"windows\.part0\.jsonl:2: damaged"):
+        run(monkeypatch, *flags, "--output_dir", unfinished)
+    assert not (unfinished / "metrics.json").exists()
+
+
+def test_a_finished_evaluation_runs_anew(monkeypatch, flags, whole, unfinished):
+    run(monkeypatch, *flags, "--output_dir", unfinished)
+    asked = count_asked(monkeypatch)
+    run(monkeypatch, *flags, "--output_dir", unfinished)
+    assert len(asked) == 24
+    check_same(unfinished, whole())
+    run(monkeypatch, *flags, "--output_dir", unfinished, "--top_k", 4)  # and may be another
+    assert len(asked) == 24 + 6
+
+
+def test_what_answered_nothing_holds_up_nothing(monkeypatch, flags, whole, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match=r"--model .*empty: cannot be loaded"):
+        run(monkeypatch, *flags, "--model", tmp_path / "empty", "--output_dir", tmp_path / "out")
+    run(monkeypatch, *flags, "--output_dir", tmp_path / "out")
+    check_same(tmp_path / "out", whole())
+
+
+def test_known_answers_must_fit(flags, tiny, whole):
+    """As a library: no process group, and what is known is neither asked nor reported."""
+    agent = load_agent(
+        AgentSettings(model=str(tiny), window_size=4, step_size=2, max_new_tokens=60)
+    )
+    candidates = data.read_candidates(flags[1])
+    answers = []
+    ranked = rerank(agent, candidates, answers.append)
+    known = {(a.qid, a.window): a for a in answers}
+    assert rerank(agent, candidates, lambda answer: pytest.fail(), known) == ranked
+    wrong = known["q1", 2]
+    known["q1", 2] = replace(wrong, given=wrong.given[::-1])
+    with pytest.raises(ValueError, match="known answer to window 2 of query q1 is for other"):
+        rerank(agent, candidates, known=known)
