@@ -51,13 +51,14 @@ from parallel import (
     compute_dtype,
     gathered,
     processes,
-    shard,
+    scatter,
 )
 from rearank import (
     Agent,
     AgentSettings,
     check_length,
     decode_response,
+    empty_lm,
     encode_window,
     end_tokens,
     load_lm,
@@ -503,6 +504,28 @@ def load_instances(task: Task, settings: Settings) -> list[Instance]:
     return instances
 
 
+def load_sharded(
+    settings: Settings, dtype: torch.dtype, device: torch.device, trained: bool
+) -> tuple[Policy, PreTrainedTokenizerBase]:
+    """The model, split over all processes. Only the first one reads it, and each is sent its part,
+    so that a machine need not hold it once per process."""
+    attention = prompt_attention(device, compute_dtype(device))
+    if dist.get_rank() == 0:
+        lm, tokenizer = load_lm(settings.model, dtype, attention)
+    else:
+        lm, tokenizer = empty_lm(settings.model, dtype, attention)
+    if trained and settings.activation_checkpointing:
+        # Its name since transformers 5.23, and the name before.
+        name = "activation_checkpointing_enable"
+        enable = getattr(lm, name, None) or lm.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    if trained and settings.lora_rank:
+        lora.add_adapter(lm, settings.lora_rank, settings.lora_alpha, settings.seed)
+    if not trained:
+        lm.requires_grad_(False)
+    return scatter(Policy(lm.eval()), device), tokenizer
+
+
 def held_out(
     actor: Actor, settings: Settings, output_dir: Path, stop: StopSignal, device: torch.device
 ) -> dict[str, float] | None:
@@ -593,23 +616,13 @@ def train_on(device: torch.device, settings: Settings, stop: StopSignal) -> Path
     if bool(settings.eval_candidates) != bool(settings.eval_qrels):
         raise SystemExit("held-out figures need both --eval_candidates and --eval_qrels")
     instances = load_instances(task, settings)
-    attention = prompt_attention(device, compute_dtype(device))
-    lm, tokenizer = load_lm(settings.model, torch.float32, attention)
-    if settings.activation_checkpointing:
-        # Its name since transformers 5.23, and the name before.
-        name = "activation_checkpointing_enable"
-        enable = getattr(lm, name, None) or lm.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    if settings.lora_rank:
-        lora.add_adapter(lm, settings.lora_rank, settings.lora_alpha, settings.seed)
-    policy = shard(Policy(lm).eval(), device)
+    policy, tokenizer = load_sharded(settings, torch.float32, device, trained=True)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, settings.learning_rate, weight_decay=0.0)
     reference = None
     if settings.beta:
         # It never changes, so it is kept in the precision that it computes with.
-        frozen, _ = load_lm(settings.model, compute_dtype(device), attention)
-        reference = shard(Policy(frozen.requires_grad_(False).eval()), device)
+        reference, _ = load_sharded(settings, compute_dtype(device), device, trained=False)
     actor = Actor(policy, tokenizer, prompt, task)
 
     # Where the run writes, and how far it has come: a new one, or one that was interrupted.

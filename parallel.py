@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -172,6 +173,21 @@ def shard(policy: Policy, device: torch.device) -> Policy:
     for layer in policy.lm.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     return fully_shard(policy, mesh=mesh, mp_policy=precision)
+
+
+def scatter(policy: Policy, device: torch.device) -> Policy:
+    """`shard` a policy whose weights only process 0 holds (the others' are on the meta device)."""
+    weights = policy.state_dict() if dist.get_rank() == 0 else {}
+    buffers = dict(policy.named_buffers())
+    policy = shard(policy.to("meta"), device).to_empty(device=device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(policy, weights, options=options)
+    for name, buffer in policy.named_buffers():  # those that a state dict leaves out, too
+        if dist.get_rank() == 0:
+            buffer.copy_(buffers[name])
+        dist.broadcast(buffer, 0)
+    (policy.lm.generation_config,) = all_gather(policy.lm.generation_config)[:1]
+    return policy
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from types import MappingProxyType
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
@@ -84,6 +85,16 @@ def load_lm(
     print(f"{name}: {lm.num_parameters():,} parameters, reads prompts with {reader}",
           file=sys.stderr)  # fmt: skip
     return lm, tokenizer
+
+
+def empty_lm(
+    name: str, dtype: torch.dtype, attention: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """As `load_lm`, but the model's weights are on the meta device: shapes without numbers."""
+    config = AutoConfig.from_pretrained(lora.base_of(name) or name)
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    return lm, load_tokenizer(name)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
