@@ -332,7 +332,7 @@ def main() -> None:
             if not stop.number:  # a signal may come out of a library as an error of its own
                 raise SystemExit(str(error)) from None
             stop.at_once = False  # torchrun repeats the signal
-            if dist.get_rank() == 0:
+            if dist.get_rank() == 0 and (output_dir / UNFINISHED).exists():
                 lines = sum(part.read_bytes().count(b"\n") for part in output_dir.glob(PARTS))
                 print(f"interrupted: {lines} windows are kept in {output_dir}, and the same "
                       "command goes on from them", file=sys.stderr)  # fmt: skip

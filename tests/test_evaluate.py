@@ -2,6 +2,7 @@
 that die and go on."""
 
 import json
+import operator
 import os
 import shutil
 import signal
@@ -376,17 +377,46 @@ def test_what_answered_nothing_holds_up_nothing(monkeypatch, flags, whole, tmp_p
     check_same(tmp_path / "out", whole())
 
 
-def test_known_answers_must_fit(flags, tiny, whole):
-    """As a library: no process group, and what is known is neither asked nor reported."""
+@pytest.mark.parametrize("call", [1, 2, 3])  # call 0 begins
+def test_a_write_that_fails_loses_nothing(monkeypatch, flags, whole, tmp_path, call):
+    """Neither windows.jsonl nor run.txt nor metrics.json: once there is room, nothing is asked."""
+    os_replace, calls = os.replace, []
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) == call + 1:
+            raise OSError("no space left on device")
+        os_replace(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(SystemExit, match="no space left"):
+            run(patch, *flags, "--output_dir", tmp_path)
+    assert not (tmp_path / "metrics.json").exists()
+    asked = count_asked(monkeypatch)
+    run(monkeypatch, *flags, "--output_dir", tmp_path)
+    assert not asked
+    check_same(tmp_path, whole())
+
+
+@pytest.mark.parametrize("task", ["listwise", "setwise"])
+def test_known_answers_are_not_asked_again(monkeypatch, small, tiny, task):
+    """As a library, without a process group."""
     agent = load_agent(
-        AgentSettings(model=str(tiny), window_size=4, step_size=2, max_new_tokens=60)
-    )
-    candidates = data.read_candidates(flags[1])
-    answers = []
+        AgentSettings(
+            model=str(tiny), task=task, window_size=4, step_size=2, max_new_tokens=60,
+            temperature=1.0,
+        )
+    )  # fmt: skip
+    candidates = data.read_candidates(small[0])
+    answers, others = [], []
     ranked = rerank(agent, candidates, answers.append)
-    known = {(a.qid, a.window): a for a in answers}
-    assert rerank(agent, candidates, lambda answer: pytest.fail(), known) == ranked
-    wrong = known["q1", 2]
-    known["q1", 2] = replace(wrong, given=wrong.given[::-1])
-    with pytest.raises(ValueError, match="known answer to window 2 of query q1 is for other"):
+    known = {(a.qid, a.window): a for a in answers[::2]}
+    assert rerank(agent, candidates, others.append, known) == ranked
+    key = operator.attrgetter("qid", "window")
+    assert sorted(others, key=key) == sorted(answers[1::2], key=key)
+    wrong = answers[2]
+    known[wrong.qid, wrong.window] = replace(wrong, given=wrong.given[::-1])
+    message = f"known answer to window {wrong.window} of query {wrong.qid} is for other passages"
+    with pytest.raises(ValueError, match=message):
         rerank(agent, candidates, known=known)
