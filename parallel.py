@@ -110,8 +110,9 @@ def balanced(costs: Sequence[float], parts: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-class Interrupted(Exception):
-    """SIGTERM or Ctrl-C asked the run to end."""
+class Interrupted(BaseException):
+    """SIGTERM or Ctrl-C asked the run to end. Like KeyboardInterrupt it is no Exception, so that
+    no library takes it for an error of its own."""
 
 
 class StopSignal:
