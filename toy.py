@@ -261,7 +261,7 @@ def teach(
 
 PRESET = {
     "size": SIZE, "draws": 20, "max_new_tokens": 40, "batch_size": 16, "group_size": 16,
-    "steps": 200, "learning_rate": 3e-4, "beta": 0.05, "max_in_flight": 256,
+    "steps": 200, "learning_rate": 3e-4, "beta": 0.2, "max_in_flight": 256,
     "activation_checkpointing": False,
 }  # fmt: skip
 
