@@ -41,7 +41,7 @@ import data
 import evaluate
 import lora
 import toy
-from data import Instance
+from data import Candidates, Instance, Qrels
 from parallel import (
     Interrupted,
     StopSignal,
@@ -526,18 +526,47 @@ def load_sharded(
     return scatter(Policy(lm.eval()), device), tokenizer
 
 
-def held_out(
-    actor: Actor, settings: Settings, output_dir: Path, stop: StopSignal, device: torch.device
+def check_longest(actor: Actor, instances: list[Instance], settings: Settings) -> None:
+    """SystemExit where a prompt cannot be encoded or does not fit, on the windows of most
+    characters: better now than in the middle of a run."""
+
+    def characters(instance: Instance) -> int:
+        return sum(min(len(p.text), actor.prompt.max_chars) for p in instance.passages)
+
+    try:
+        for instance in sorted(instances, key=characters)[-8:]:
+            tokens = encode_instance(actor, instance)
+            check_length(actor.policy.lm, len(tokens), settings.max_new_tokens)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+
+
+def load_held_out(settings: Settings) -> tuple[list[Candidates], Qrels] | None:
+    if bool(settings.eval_candidates) != bool(settings.eval_qrels):
+        raise SystemExit("held-out figures need both --eval_candidates and --eval_qrels")
+    if not settings.eval_candidates:
+        return None
+    try:
+        candidates = data.read_candidates(settings.eval_candidates)
+        qrels = data.read_qrels(settings.eval_qrels)
+        return evaluate.judged_queries(candidates, qrels, top_k=100), qrels
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"held out: {error}") from None
+
+
+def measure_held_out(
+    actor: Actor,
+    queries: tuple[list[Candidates], Qrels] | None,
+    settings: Settings,
+    output_dir: Path,
+    stop: StopSignal,
+    device: torch.device,
 ) -> dict[str, float] | None:
     """Greedy figures on the held-out queries: nDCG@10 of their candidates, reranked as
     evaluate.py does it, and the mean reward of windows drawn like those of training."""
-    if not settings.eval_candidates:
+    if not queries:
         return None
-    file = output_dir / "held_out.json"
-    if all_gather(file.exists())[0]:
-        return json.loads(file.read_text())
-    candidates = data.read_candidates(settings.eval_candidates)
-    qrels = data.read_qrels(settings.eval_qrels)
+    candidates, qrels = queries
     agent_settings = AgentSettings(
         model=settings.model, task=settings.task, window_size=settings.size,
         step_size=max(1, settings.size // 2), max_new_tokens=settings.max_new_tokens,
@@ -555,7 +584,7 @@ def held_out(
         "window_reward": fmean(float(r.rewards[0]) for r in rollouts),
     }
     if dist.get_rank() == 0:
-        checkpoint.write_whole(file, json.dumps(figures) + "\n")
+        checkpoint.write_whole(output_dir / "held_out.json", json.dumps(figures) + "\n")
     return figures
 
 
@@ -588,34 +617,41 @@ def train(settings: Settings) -> Path:
             raise SystemExit(128 + stop.number) from None
 
 
-def train_on(device: torch.device, settings: Settings, stop: StopSignal) -> Path:
-    rank, world = dist.get_rank(), dist.get_world_size()
+def complete(settings: Settings) -> Settings:
+    """With what the preset prepares; SystemExit where settings do not go together."""
+    world = dist.get_world_size()
     if settings.batch_size < world * settings.updates_per_batch:
         raise SystemExit(
             f"--batch_size {settings.batch_size} must be at least --updates_per_batch "
             f"{settings.updates_per_batch} times the number of processes, {world}"
         )
+    rewards = TASKS[settings.task].rewards
+    if settings.reward and settings.reward not in rewards:
+        raise SystemExit(f"--reward {settings.reward}: {settings.task} has {', '.join(rewards)}")
     if settings.preset == "toy":
         torch.set_num_threads(1)  # for matrices this small, more threads only wait for each other
-        if rank == 0:
+        if dist.get_rank() == 0:
             toy.prepare(settings.seed, settings.task)
         dist.barrier()
         # What the command line says of these stays.
         prepared, default = toy.prepare(settings.seed, settings.task), Settings()
         unset = {k: v for k, v in prepared.items() if getattr(settings, k) == getattr(default, k)}
         settings = replace(settings, **unset)
+    return settings
 
-    # The policy, its optimizer, and the reference it is held to (none where beta is 0).
+
+def train_on(device: torch.device, settings: Settings, stop: StopSignal) -> Path:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    settings = complete(settings)
     task = TASKS[settings.task]
     prompt_file = settings.prompt or task.prompt
-    prompt = load_prompt(prompt_file)
-    if settings.reward and settings.reward not in task.rewards:
-        raise SystemExit(
-            f"--reward {settings.reward}: {settings.task} has {', '.join(task.rewards)}"
-        )
-    if bool(settings.eval_candidates) != bool(settings.eval_qrels):
-        raise SystemExit("held-out figures need both --eval_candidates and --eval_qrels")
-    instances = load_instances(task, settings)
+    try:
+        prompt = load_prompt(prompt_file)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"--prompt {error}") from None
+    instances, held_out = load_instances(task, settings), load_held_out(settings)
+
+    # The policy, its optimizer, and the reference it is held to (none where beta is 0).
     policy, tokenizer = load_sharded(settings, torch.float32, device, trained=True)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, settings.learning_rate, weight_decay=0.0)
@@ -624,6 +660,7 @@ def train_on(device: torch.device, settings: Settings, stop: StopSignal) -> Path
         # It never changes, so it is kept in the precision that it computes with.
         reference, _ = load_sharded(settings, compute_dtype(device), device, trained=False)
     actor = Actor(policy, tokenizer, prompt, task)
+    check_longest(actor, instances, settings)
 
     # Where the run writes, and how far it has come: a new one, or one that was interrupted.
     stamp = f"{datetime.now():%Y%m%d-%H%M%S}"
@@ -643,7 +680,10 @@ def train_on(device: torch.device, settings: Settings, stop: StopSignal) -> Path
         if first:
             print(f"going on from step {first}, checkpointed there")
         checkpoint.cut_logs(output_dir, first)
-    before = held_out(actor, settings, output_dir / "before", stop, device)
+    if first and held_out:
+        before = json.loads((output_dir / "before" / "held_out.json").read_text())
+    else:
+        before = measure_held_out(actor, held_out, settings, output_dir / "before", stop, device)
 
     def save_checkpoint(step: int) -> None:
         nonlocal saved
@@ -710,7 +750,7 @@ def train_on(device: torch.device, settings: Settings, stop: StopSignal) -> Path
             f"the trained model could not be written: {error}\nonce it can be, the same command "
             f"with --output_dir {output_dir} goes on from the last checkpoint"
         ) from None
-    after = held_out(actor, settings, output_dir / "after", stop, device)
+    after = measure_held_out(actor, held_out, settings, output_dir / "after", stop, device)
     if rank == 0:
         checkpoint.write_whole(output_dir / "README.md", card(before, after))
         if before and after:

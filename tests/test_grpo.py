@@ -471,6 +471,26 @@ def test_setwise_trains_on_triples(small, tiny, tmp_path):
     assert 0 <= held_out["window_reward"] <= 1 and 0 < held_out["ndcg@10"] <= 1
 
 
+def test_what_would_fail_in_the_middle_of_a_run_fails_before_it(small, tiny, tmp_path):
+    with pytest.raises(SystemExit, match="exceed the model's 8192 positions"):
+        grpo.train(quick(small, tiny, tmp_path, max_new_tokens=8192))
+    with pytest.raises(SystemExit, match=r"--prompt .*nowhere\.toml"):
+        grpo.train(quick(small, tiny, tmp_path, prompt=str(tmp_path / "nowhere.toml")))
+    data.write_qrels({"q99": {"d": 1}}, tmp_path / "others.txt")
+    held_out = {"eval_candidates": str(small[0]), "eval_qrels": str(tmp_path / "others.txt")}
+    with pytest.raises(SystemExit, match="no query in common"):
+        grpo.train(quick(small, tiny, tmp_path, **held_out))
+    assert not (tmp_path / "settings.json").exists()
+
+
+def test_a_run_can_be_made_longer(small, tiny, tmp_path):
+    held_out = {"eval_candidates": str(small[0]), "eval_qrels": str(small[1])}
+    for steps in (1, 2):
+        grpo.train(quick(small, tiny, tmp_path, steps=steps, learning_rate=1e-2, **held_out))
+    assert [m["step"] for m in metrics(tmp_path)] == [0, 1]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
 def test_a_reward_of_another_task_is_an_error(small, tiny, tmp_path):
     settings = Settings(
         task="setwise", model=str(tiny), candidates=str(small[0]), qrels=str(small[1]),
