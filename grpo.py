@@ -40,6 +40,7 @@ import checkpoint
 import data
 import evaluate
 import lora
+import memory
 import toy
 from data import Candidates, Instance, Qrels
 from parallel import (
@@ -526,17 +527,19 @@ def load_sharded(
     return scatter(Policy(lm.eval()), device), tokenizer
 
 
-def check_longest(actor: Actor, instances: list[Instance], settings: Settings) -> None:
-    """SystemExit where a prompt cannot be encoded or does not fit, on the windows of most
-    characters: better now than in the middle of a run."""
+def check_longest(actor: Actor, instances: list[Instance], settings: Settings) -> int:
+    """The tokens of the longest prompt, looked for among the windows of most characters.
+    SystemExit where one cannot be encoded or does not fit: better now than in the middle."""
 
     def characters(instance: Instance) -> int:
         return sum(min(len(p.text), actor.prompt.max_chars) for p in instance.passages)
 
     try:
-        for instance in sorted(instances, key=characters)[-8:]:
-            tokens = encode_instance(actor, instance)
-            check_length(actor.policy.lm, len(tokens), settings.max_new_tokens)
+        longest = max(
+            len(encode_instance(actor, i)) for i in sorted(instances, key=characters)[-8:]
+        )
+        check_length(actor.policy.lm, longest, settings.max_new_tokens)
+        return longest
     except ValueError as error:
         raise SystemExit(str(error)) from None
 
@@ -652,15 +655,19 @@ def train_on(device: torch.device, settings: Settings, stop: StopSignal) -> Path
     instances, held_out = load_instances(task, settings), load_held_out(settings)
 
     # The policy, its optimizer, and the reference it is held to (none where beta is 0).
-    policy, tokenizer = load_sharded(settings, torch.float32, device, trained=True)
+    with memory.explained("loading", settings.model, settings, 0, device):
+        policy, tokenizer = load_sharded(settings, torch.float32, device, trained=True)
+        reference = None
+        if settings.beta:
+            # It never changes, so it is kept in the precision that it computes with.
+            reference, _ = load_sharded(settings, compute_dtype(device), device, trained=False)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, settings.learning_rate, weight_decay=0.0)
-    reference = None
-    if settings.beta:
-        # It never changes, so it is kept in the precision that it computes with.
-        reference, _ = load_sharded(settings, compute_dtype(device), device, trained=False)
     actor = Actor(policy, tokenizer, prompt, task)
-    check_longest(actor, instances, settings)
+    longest = check_longest(actor, instances, settings)
+    explained = partial(
+        memory.explained, model=settings.model, settings=settings, prompt=longest, device=device
+    )
 
     # Where the run writes, and how far it has come: a new one, or one that was interrupted.
     stamp = f"{datetime.now():%Y%m%d-%H%M%S}"
@@ -700,13 +707,14 @@ def train_on(device: torch.device, settings: Settings, stop: StopSignal) -> Path
     for step in bar:
         started = time.perf_counter()
         try:
-            with gathered(policy):
+            with explained("sampling"), gathered(policy):
                 rollouts, thrown_away = sample_batch(actor, instances, step, settings, stop, device)
             sampled = time.perf_counter()
-            figures, offenders = update(
-                policy, reference, optimizer, rollouts, settings, device,
-                interrupted=lambda: stop.agreed(device),
-            )  # fmt: skip
+            with explained("update"):
+                figures, offenders = update(
+                    policy, reference, optimizer, rollouts, settings, device,
+                    interrupted=lambda: stop.agreed(device),
+                )  # fmt: skip
         except Interrupted:
             bar.close()
             try:

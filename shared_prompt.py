@@ -340,8 +340,10 @@ class Batch:
             self.slot = torch.cat([self.slot, new_own + len(self.prompt_len)])
             self.prompt_len = torch.cat([self.prompt_len, new_len])
             self.own_len = torch.cat([self.own_len, new_own])
-            self.prompt_kv = [stack(*pair) for pair in zip(self.prompt_kv, kv)]
-            self.own_kv = [stack(*pair) for pair in zip(self.own_kv, own)]
+            # One layer at a time, here and below, so that never more than one is there twice.
+            for layer in range(len(kv)):
+                self.prompt_kv[layer] = stack(self.prompt_kv[layer], kv[layer])
+                self.own_kv[layer] = stack(self.own_kv[layer], own[layer])
         self.place_rows()
 
     def keep(self, rows: list[int]) -> None:
@@ -350,8 +352,9 @@ class Batch:
         slots, self.slot = self.slot[rows].unique(return_inverse=True)
         self.own_len, self.prompt_len = self.own_len[rows], self.prompt_len[slots]
         p, t = (int(x.max()) if len(x) else 0 for x in (self.prompt_len, self.own_len))
-        self.prompt_kv = [[x[slots, :, :p] for x in layer] for layer in self.prompt_kv]
-        self.own_kv = [[x[rows, :, :t] for x in layer] for layer in self.own_kv]
+        for layer in range(len(self.own_kv)):
+            self.prompt_kv[layer] = [x[slots, :, :p] for x in self.prompt_kv[layer]]
+            self.own_kv[layer] = [x[rows, :, :t] for x in self.own_kv[layer]]
         self.place_rows()
 
     def place_rows(self) -> None:
@@ -367,7 +370,8 @@ class Batch:
         self.width = int(self.own_len.max()) + 1
         if self.width > self.own_kv[0][0].shape[2]:
             more = max(64, self.width // 2)
-            self.own_kv = [[F.pad(x, (0, 0, 0, more)) for x in layer] for layer in self.own_kv]
+            for layer in range(len(self.own_kv)):
+                self.own_kv[layer] = [F.pad(x, (0, 0, 0, more)) for x in self.own_kv[layer]]
         arange = torch.arange(max(self.width, int(self.prompt_len.max())), device=self.slot.device)
         self.own_hidden = (arange[: self.width] > self.own_len[:, None])[:, None, None]
         prompt_width = self.prompt_kv[0][0].shape[2]
