@@ -31,6 +31,7 @@ Run = dict[str, list[tuple[str, float]]]  # qid -> (docid, score), best first
 
 # Where RankLLM, pyserini's own collections, BEIR and MS MARCO v2 each keep a document's text.
 TEXT_FIELDS = ("contents", "content", "text", "passage", "segment", "body")
+LARGEST = 2**31  # of a grade or a rank, as for trec_eval
 VECTOR_MODULE = "jdk.incubator.vector"
 
 
@@ -98,8 +99,9 @@ def write_qrels(qrels: Qrels, path: str | Path) -> None:
         _check_id(path, "qid", qid)
         for docid, grade in judgments.items():
             _check_id(path, "docid", docid)
-            if type(grade) is not int:
-                raise ValueError(f"{path}: grade of {docid} for qid {qid} is {grade!r}, no integer")
+            if type(grade) is not int or abs(grade) >= LARGEST:
+                raise ValueError(f"{path}: grade of {docid} for qid {qid} should be an integer "
+                                 f"below {LARGEST}, found {grade!r:.60}")  # fmt: skip
             lines.append(f"{qid} 0 {docid} {grade}\n")
     _write(path, lines)
 
@@ -535,7 +537,7 @@ def _numbered(path: str | Path, records: list[Any]) -> list[tuple[str, Any]]:
 def _parse_json(where: str | Path, text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter where it nests a thousand deep
         raise ValueError(f"{where}: bad JSON: {error}") from None
 
 
@@ -562,16 +564,17 @@ def _parse(where: str, column: str, cell: str, kind: type) -> Any:
         value = kind(cell)
     except ValueError:
         value = math.nan
-    if "_" in cell or not -math.inf < value < math.inf:
-        wanted = "an integer" if kind is int else "a finite number"
-        raise ValueError(f"{where}: {column} should be {wanted}, found {cell!r}")
+    limit = LARGEST if kind is int else math.inf
+    if "_" in cell or not -limit < value < limit:
+        wanted = f"an integer below {LARGEST}" if kind is int else "a finite number"
+        raise ValueError(f"{where}: {column} should be {wanted}, found {cell!r:.60}")
     return value
 
 
 def _check_id(where: str | Path, name: str, value: str) -> str:
     """`value`, if it survives a whitespace-separated file (where a BOM would vanish, too)."""
     if not isinstance(value, str) or value.split() != [value] or "\ufeff" in value:
-        raise ValueError(f"{where}: {name} should be text without whitespace, found {value!r}")
+        raise ValueError(f"{where}: {name} should be text without whitespace, found {value!r:.60}")
     return value
 
 

@@ -11,6 +11,7 @@ import sys
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 
@@ -29,11 +30,11 @@ def base_of(name: str) -> str | None:
     return import_peft().PeftConfig.from_pretrained(name).base_model_name_or_path
 
 
-def load_merged(name: str, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
-    """An adapter's base model with the adapter added to its weights."""
-    adapted = import_peft().AutoPeftModelForCausalLM.from_pretrained(
-        name, dtype=dtype, attn_implementation=attn_implementation
-    )
+def load_merged(name: str, **how) -> PreTrainedModel:
+    """An adapter's base model, loaded as `from_pretrained` is told how, with the adapter added to
+    its weights. OSError where it has no safetensors: peft would read a pickle instead."""
+    cached_file(name, "adapter_model.safetensors")
+    adapted = import_peft().AutoPeftModelForCausalLM.from_pretrained(name, **how)
     return adapted.merge_and_unload()
 
 

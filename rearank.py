@@ -9,12 +9,14 @@ From Python, for one query or thousands (all their windows share one batch):
     reranked = rerank(agent, candidates)
 """
 
+import re
 import sys
 import textwrap
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 
@@ -76,7 +78,8 @@ def load_lm(
     try:
         tokenizer = load_tokenizer(name)
         load = lora.load_merged if lora.base_of(name) else AutoModelForCausalLM.from_pretrained
-        lm = load(name, dtype=dtype, attn_implementation=attention)
+        # Safetensors alone: a pickle could run code.
+        lm = load(name, dtype=dtype, attn_implementation=attention, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise SystemExit(f"--model {name}: cannot be loaded: {error}") from None
     if tokenizer.chat_template is None:
@@ -127,10 +130,20 @@ def encode_chat(
     Control tokens come from the chat template alone: one that is spelled out in a message (a
     passage may hold <|im_end|>) is encoded as the plain text it is, so no text can end its turn.
     """
-    controls = [t for t in tokenizer.all_special_tokens if any(t in m["content"] for m in messages)]
-    shields = {token: f"\ue000{i}\ue001" for i, token in enumerate(controls)}
-    for token, shield in shields.items():
-        messages = [m | {"content": m["content"].replace(token, shield)} for m in messages]
+    added = tokenizer.added_tokens_decoder.values()
+    controls = {*tokenizer.all_special_tokens, *(str(t) for t in added if t.special)}
+    control = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))))
+    spelled_out: list[str] = []
+    if controls and any(control.search(m["content"]) for m in messages):
+        # While the template is filled in, each is hidden behind a mark that no message holds.
+        everything = "".join(m["content"] for m in messages)
+        mark = next(m for i in count() if (m := f"\ue000{i}\ue001") not in everything)
+
+        def hide(found: re.Match) -> str:
+            spelled_out.append(found[0])
+            return f"{mark}{len(spelled_out) - 1}\ue002"
+
+        messages = [m | {"content": control.sub(hide, m["content"])} for m in messages]
     try:
         text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=generate
@@ -140,14 +153,13 @@ def encode_chat(
         raise ValueError(
             f"the model's chat template refuses these turns ({roles} ...): {error}"
         ) from error
-    ids: list[int] = []
-    while shields and (found := min((s for s in shields.values() if s in text), key=text.find,
-                                    default=None)):  # fmt: skip
-        before, _, text = text.partition(found)
-        token = controls[list(shields.values()).index(found)]
-        ids += tokenizer.encode(before, add_special_tokens=False)
+    first, *hidden = re.split(f"{mark}([0-9]+)\ue002", text) if spelled_out else [text]
+    ids = tokenizer.encode(first, add_special_tokens=False)
+    for i, after in zip(hidden[::2], hidden[1::2]):
+        token = spelled_out[int(i)]
         ids += tokenizer.encode(token, add_special_tokens=False, split_special_tokens=True)
-    return ids + tokenizer.encode(text, add_special_tokens=False)
+        ids += tokenizer.encode(after, add_special_tokens=False)
+    return ids
 
 
 def encode_window(

@@ -26,7 +26,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
         loaded = json.loads(text) if str(path).endswith(".json") else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise SystemExit(f"{path}: cannot read settings: {error}") from None
     if not isinstance(loaded, dict):
         raise SystemExit(f"{path}: expected a mapping of settings, like 'steps: 160'")

@@ -49,7 +49,7 @@ def load_prompt(path: str | Path) -> Prompt:
     """
     try:
         settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a TOML file: {error}") from None
     for field in fields(Prompt):
         if type(settings.get(field.name)) is not field.type:
