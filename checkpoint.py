@@ -248,12 +248,13 @@ def export(
     prompt file and model card, in the precision it computes with. By all processes together."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(policy, options=options)  # whole, on process 0
+    once = dict(policy.named_parameters()) | dict(policy.named_buffers())  # tied ones, too
 
     def write() -> None:
         if dist.get_rank() > 0:
             return
         dtype = compute_dtype(next(policy.parameters()).device)
-        named = {k.removeprefix("lm."): w.to(dtype) for k, w in weights.items()}
+        named = {k.removeprefix("lm."): w.to(dtype) for k, w in weights.items() if k in once}
         building = output_dir / "export.tmp"
         shutil.rmtree(building, ignore_errors=True)
         try:

@@ -177,17 +177,14 @@ def shard(policy: Policy, device: torch.device) -> Policy:
 
 
 def scatter(policy: Policy, device: torch.device) -> Policy:
-    """`shard` a policy whose weights only process 0 holds (the others' are on the meta device)."""
+    """`shard` a policy whose weights only process 0 holds (the others' are empty)."""
     weights = policy.state_dict() if dist.get_rank() == 0 else {}
-    buffers = dict(policy.named_buffers())
-    policy = shard(policy.to("meta"), device).to_empty(device=device)
+    policy = shard(policy, device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(policy, weights, options=options)
-    for name, buffer in policy.named_buffers():  # those that a state dict leaves out, too
-        if dist.get_rank() == 0:
-            buffer.copy_(buffers[name])
+    for buffer in policy.buffers():  # those that a state dict leaves out, too
         dist.broadcast(buffer, 0)
-    (policy.lm.generation_config,) = all_gather(policy.lm.generation_config)[:1]
+    policy.lm.generation_config = all_gather(policy.lm.generation_config)[0]
     return policy
 
 

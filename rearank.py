@@ -93,10 +93,12 @@ def load_lm(
 def empty_lm(
     name: str, dtype: torch.dtype, attention: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """As `load_lm`, but the model's weights are on the meta device: shapes without numbers."""
+    """As `load_lm`, but nothing is written into the weights, which so take up no memory yet."""
     config = AutoConfig.from_pretrained(lora.base_of(name) or name)
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    lm = lm.to_empty(device="cpu")
+    lm.tie_weights()  # what is one tensor under two names came out as two
     return lm, load_tokenizer(name)
 
 

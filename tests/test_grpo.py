@@ -12,7 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from test_shared_prompt import naive_logprobs, tiny_lm
+from tiny_model import save_tiny_model
 from transformers import AutoModelForCausalLM
 
 import data
@@ -369,6 +371,26 @@ def test_any_number_of_processes_trains_alike(trained, flags, tmp_path, processe
     a, b = (AutoModelForCausalLM.from_pretrained(d) for d in (out, tmp_path))
     for x, y in zip(a.parameters(), b.parameters()):
         torch.testing.assert_close(x, y, rtol=0, atol=2e-5)  # of 3 Adam steps of 1e-3
+
+
+def test_tied_embeddings_stay_one_tensor(small, tmp_path):
+    """As in the smaller models of the Qwen2.5 family: the head is the input embeddings."""
+    candidates = data.read_candidates(small[0])
+    save_tiny_model(candidates, tmp_path / "tied", 120, 4, tie_word_embeddings=True)
+    trained = []
+    for processes in (0, 2):
+        out = tmp_path / f"out{processes}"
+        done = run_grpo(
+            "--model", tmp_path / "tied", "--candidates", small[0], "--qrels", small[1],
+            "--size", 4, "--steps", 2, "--batch_size", 4, "--group_size", 4,
+            "--max_new_tokens", 50, "--learning_rate", 1e-3, "--output_dir", out,
+            processes=processes,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        trained.append(load_file(out / "model.safetensors"))
+        assert "lm_head.weight" not in trained[-1] and metrics(out)[1]["kl"] > 0
+    for name, one in trained[0].items():
+        torch.testing.assert_close(one, trained[1][name], rtol=0, atol=2e-5)
 
 
 def test_without_beta_no_reference_is_loaded(monkeypatch, flags, tmp_path):

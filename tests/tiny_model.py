@@ -88,12 +88,12 @@ def teach_form(lm, tokenizer, candidates: list[data.Candidates], steps: int, siz
 
 
 def save_tiny_model(
-    candidates: list[data.Candidates], out: Path, steps: int = 400, size: int = 20
+    candidates: list[data.Candidates], out: Path, steps: int = 400, size: int = 20, **changes
 ) -> None:
     # Control tokens belong to the template; the words that responses are made of to the text.
     forms = ["<think> Each was read. </think> <answer> [1] > [2] </answer>"] * 100
     tokenizer = learn_tokenizer([p.text for c in candidates for p in c.passages] + forms)
-    lm = tiny_model(tokenizer)
+    lm = tiny_model(tokenizer, **changes)
     teach_form(lm, tokenizer, candidates, steps, size)
     lm.save_pretrained(out)
     tokenizer.save_pretrained(out)
