@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_grpo import run_grpo
 from test_shared_prompt import naive_logprobs, tiny_lm
 from transformers import AutoModelForCausalLM
 
@@ -36,6 +37,19 @@ def test_only_the_adapter_is_saved_and_it_moved(adapter):
     weights = load_file(adapter / "adapter_model.safetensors")
     assert all("lora_A" in name or "lora_B" in name for name in weights)
     assert any(w.abs().max() > 1e-3 for name, w in weights.items() if "lora_B" in name)
+
+
+def test_two_processes_train_the_same_adapter(adapter, small, tiny, tmp_path):
+    done = run_grpo(
+        "--model", tiny, "--candidates", small[0], "--qrels", small[1], "--size", 4, "--draws", 2,
+        "--steps", 2, "--batch_size", 2, "--group_size", 6, "--max_new_tokens", 50, "--lora_rank",
+        4, "--lora_alpha", 8, "--learning_rate", 1e-2, "--output_dir", tmp_path, processes=2,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, two = (load_file(out / "adapter_model.safetensors") for out in (adapter, tmp_path))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=2e-4)  # 2 steps of 1e-2
 
 
 def test_a_loaded_adapter_is_its_base_plus_the_product(adapter, tiny):
