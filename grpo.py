@@ -27,7 +27,6 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 
 import numpy as np
 import torch
@@ -38,11 +37,10 @@ from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
 import checkpoint
 import data
-import evaluate
 import lora
 import memory
 import toy
-from data import Candidates, Instance, Qrels
+from data import Instance
 from parallel import (
     Interrupted,
     StopSignal,
@@ -55,22 +53,18 @@ from parallel import (
     scatter,
 )
 from rearank import (
-    Agent,
-    AgentSettings,
     check_length,
-    decode_response,
     empty_lm,
-    encode_window,
-    end_tokens,
     load_lm,
     prompt_attention,
-    rerank,
 )
-from reward import WEIGHTS, ndcg_at_k
+from report import load_held_out, log_step, measure_held_out, step_metrics
+from reward import WEIGHTS
+from rollout import Actor, Rollout, encode_instance, sample_shared
 from settings import parse_settings, setting
-from shared_prompt import Group, Policy, Request, Row, Sample, Sampler, pack_row, response_logprobs
+from shared_prompt import Group, Policy, Row, pack_row, response_logprobs
 from tasks import TASKS
-from window import Parsed, Prompt, Task, load_prompt
+from window import Task, load_prompt
 
 
 @dataclass
@@ -203,92 +197,7 @@ def policy_loss(
     return -average_tokens(gain, mask, average, count)
 
 
-# ------------------------------------------------------------------------------ sample and score
-
-
-@dataclass
-class Rollout:
-    """One prompt's group: what was sampled, and what it is worth."""
-
-    place: int  # in the batch
-    instance: Instance
-    prompt: list[int]
-    samples: list[Sample]
-    parsed: list[Parsed]
-    rewards: Tensor  # [G]
-    advantages: Tensor  # [G]
-
-    def tokens(self) -> int:
-        """Distinct ones: what an update on this group costs."""
-        return len(self.prompt) + sum(len(sample.tokens) for sample in self.samples)
-
-
-@dataclass
-class Actor:
-    """What samples, and how its replies are read."""
-
-    policy: Policy
-    tokenizer: PreTrainedTokenizerBase
-    prompt: Prompt
-    task: Task
-
-
-def sample_and_score(
-    actor: Actor, batch: Sequence[tuple[int, Instance]], seed: tuple[int, ...], settings: Settings
-) -> list[Rollout]:
-    """A group for each (place in the batch, instance). What is sampled depends on the seed and
-    the place, not on which process samples it."""
-    policy, tokenizer = actor.policy, actor.tokenizer
-    sampler = Sampler(
-        policy, end_tokens(policy.lm, tokenizer), settings.max_new_tokens, settings.temperature,
-        max_in_flight=settings.max_in_flight,
-    )  # fmt: skip
-    prompts = {}
-    for place, instance in batch:
-        prompts[place] = encode_instance(actor, instance)
-        check_length(policy.lm, len(prompts[place]), settings.max_new_tokens)
-        sampler.submit(Request(place, prompts[place], settings.group_size, seed=(*seed, place)))
-    sampled = {}
-    while complete := sampler.collect():
-        sampled.update(complete)
-
-    rollouts = []
-    for place, instance in batch:
-        n = len(instance.passages)
-        parsed = [
-            actor.task.parse(decode_response(tokenizer, sample), n, actor.prompt.reasoning)
-            for sample in sampled[place]
-        ]
-        rewards = torch.tensor(score(actor.task, parsed, instance, settings))
-        advantages = group_advantages(rewards, settings.group_size)
-        rollouts.append(
-            Rollout(place, instance, prompts[place], sampled[place], parsed, rewards, advantages)
-        )
-    return rollouts
-
-
-def encode_instance(actor: Actor, instance: Instance) -> list[int]:
-    texts = [passage.text for passage in instance.passages]
-    return encode_window(actor.tokenizer, actor.prompt, instance.query, texts)[0]
-
-
-def sample_shared(
-    actor: Actor,
-    batch: Sequence[tuple[int, Instance]],
-    seed: tuple[int, ...],
-    settings: Settings,
-    stop: StopSignal,
-    device: torch.device,
-) -> list[Rollout]:
-    """`sample_and_score`, each process its share: about as many tokens to read and, as far as can
-    be known before, to write. All rollouts, on every process; Interrupted on all after a signal."""
-    to_write = settings.group_size * settings.max_new_tokens
-    costs = [len(encode_instance(actor, instance)) + to_write for _, instance in batch]
-    share = [batch[i] for i in balanced(costs, dist.get_world_size())[dist.get_rank()]]
-    mine = stop.cut_short(lambda: sample_and_score(actor, share, seed, settings))
-    if stop.agreed(device):
-        raise Interrupted
-    return sorted((r for part in all_gather(mine) for r in part), key=lambda r: r.place)
+# ---------------------------------------------------------------------------------------- sample
 
 
 def sample_batch(
@@ -310,7 +219,9 @@ def sample_batch(
     for attempt in range(1 + settings.resample):
         seed = (settings.seed, step, attempt)
         fresh = sample_shared(actor, wanted, seed, settings, stop, device)
-        rollouts |= {rollout.place: rollout for rollout in fresh}
+        for rollout in fresh:
+            rollout.advantages = group_advantages(rollout.rewards, settings.group_size)
+            rollouts[rollout.place] = rollout
         equal = [rollout.place for rollout in fresh if not rollout.advantages.any()]
         if not equal or attempt == settings.resample:
             break
@@ -318,12 +229,6 @@ def sample_batch(
         wanted = [(place, instances[rng.integers(len(instances))]) for place in equal]
         thrown_away += len(equal)
     return [rollouts[place] for place in range(settings.batch_size)], thrown_away
-
-
-def score(task: Task, parsed: list[Parsed], instance: Instance, settings: Settings) -> list[float]:
-    """The rewards of one group."""
-    reward = task.rewards[settings.reward or next(iter(task.rewards))]
-    return [reward(p, instance.grades, instance.judged, settings.weights) for p in parsed]
 
 
 # --------------------------------------------------------------------------------------- update
@@ -544,71 +449,6 @@ def check_longest(actor: Actor, instances: list[Instance], settings: Settings) -
         raise SystemExit(str(error)) from None
 
 
-def load_held_out(settings: Settings) -> tuple[list[Candidates], Qrels] | None:
-    if bool(settings.eval_candidates) != bool(settings.eval_qrels):
-        raise SystemExit("held-out figures need both --eval_candidates and --eval_qrels")
-    if not settings.eval_candidates:
-        return None
-    try:
-        candidates = data.read_candidates(settings.eval_candidates)
-        qrels = data.read_qrels(settings.eval_qrels)
-        return evaluate.judged_queries(candidates, qrels, top_k=100), qrels
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"held out: {error}") from None
-
-
-def measure_held_out(
-    actor: Actor,
-    queries: tuple[list[Candidates], Qrels] | None,
-    settings: Settings,
-    output_dir: Path,
-    stop: StopSignal,
-    device: torch.device,
-) -> dict[str, float] | None:
-    """Greedy figures on the held-out queries: nDCG@10 of their candidates, reranked as
-    evaluate.py does it, and the mean reward of windows drawn like those of training."""
-    if not queries:
-        return None
-    candidates, qrels = queries
-    agent_settings = AgentSettings(
-        model=settings.model, task=settings.task, window_size=settings.size,
-        step_size=max(1, settings.size // 2), max_new_tokens=settings.max_new_tokens,
-        max_in_flight=settings.max_in_flight,
-    )  # fmt: skip
-    agent = Agent(actor.policy, actor.tokenizer, actor.prompt, actor.task, agent_settings)
-    greedy = replace(settings, temperature=0.0, group_size=1, draws=3)
-    windows = list(enumerate(actor.task.training_set(candidates, qrels, greedy)))
-    with gathered(actor.policy):
-        metrics = evaluate.evaluate(candidates, qrels, partial(rerank, agent), output_dir)
-        rollouts = sample_shared(actor, windows, (0,), greedy, stop, device)
-    figures = {
-        "first_stage": metrics["before"]["ndcg@10"],
-        "ndcg@10": metrics["after"]["ndcg@10"],
-        "window_reward": fmean(float(r.rewards[0]) for r in rollouts),
-    }
-    if dist.get_rank() == 0:
-        checkpoint.write_whole(output_dir / "held_out.json", json.dumps(figures) + "\n")
-    return figures
-
-
-def step_metrics(rollouts: list[Rollout]) -> dict[str, float]:
-    """Means over all responses."""
-    rows = [
-        {
-            "reward": float(reward),
-            "ndcg": ndcg_at_k([r.instance.grades[i] for i in p.order], ideal=r.instance.judged),
-            "well_formed": p.tags and p.listed,
-            "malformed": p.malformed,
-            "length": len(s.tokens),
-            "cut_off": not s.finished,
-        }
-        for r in rollouts
-        for reward, p, s in zip(r.rewards, r.parsed, r.samples)
-    ]
-    means = {name: fmean(row[name] for row in rows) for name in rows[0]}
-    return means | {"equal_groups": fmean(not r.advantages.any() for r in rollouts)}
-
-
 def train(settings: Settings) -> Path:
     """The whole job, on this process or as one of many. Returns where the model was saved."""
     with processes() as device, StopSignal() as stop:
@@ -770,33 +610,6 @@ def train_on(device: torch.device, settings: Settings, stop: StopSignal) -> Path
                   f"{after['window_reward']:.4f} after")  # fmt: skip
         print(f"saved to {output_dir}")
     return output_dir
-
-
-def log_step(
-    output_dir: Path, metrics: dict, rollout: Rollout, offenders: list[Rollout], tokenizer
-) -> None:
-    """A line of figures, one group of responses to read, and the prompts of skipped updates."""
-    step = metrics["step"]
-    responses = [
-        {
-            "step": step, "qid": rollout.instance.qid, "query": rollout.instance.query,
-            "grades": rollout.instance.grades, "reward": reward,
-            "response": decode_response(tokenizer, sample),
-        }
-        for reward, sample in zip(rollout.rewards.tolist(), rollout.samples)
-    ]  # fmt: skip
-    skipped = [
-        {"step": step, "qid": r.instance.qid, "prompt": tokenizer.decode(r.prompt),
-         "responses": [decode_response(tokenizer, sample) for sample in r.samples]}
-        for r in offenders
-    ]  # fmt: skip
-    for name, lines in zip(checkpoint.LOGS, ([metrics], responses, skipped)):
-        try:
-            if lines:
-                checkpoint.append(output_dir / name, lines)
-        except OSError as error:
-            # Neither the training nor these lines shall be lost to a full disk.
-            print(f"\n{error}\n{json.dumps(lines)}", file=sys.stderr)
 
 
 def main() -> None:

@@ -82,6 +82,7 @@ def ours(folder: Path, group: int, length: int, repeats: int) -> dict:
     """The programs' own functions: Sampler, group_advantages, update."""
     import grpo
     from parallel import gathered, processes, shard
+    from rollout import Rollout
     from shared_prompt import Policy, Request, Sampler
 
     with processes() as device:
@@ -101,7 +102,7 @@ def ours(folder: Path, group: int, length: int, repeats: int) -> dict:
             sampled = time.perf_counter()
             rewards = torch.arange(group) % 2.0  # equal ones would cost no update
             advantages = grpo.group_advantages(rewards, group)
-            rollout = grpo.Rollout(0, None, prompt, samples, [], rewards, advantages)
+            rollout = Rollout(0, None, prompt, samples, [], rewards, advantages)
             grpo.update(policy, reference, optimizer, [rollout], settings, device)
             steps.append(time.perf_counter() - started)
             updates.append(time.perf_counter() - sampled)

@@ -30,10 +30,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import data
 import grpo
+import rollout
 import toy
 from data import Candidates, Instance
 from evaluate import ndcg_table
 from rearank import Agent, AgentSettings, load_lm, rerank
+from rollout import Actor, sample_and_score
 from shared_prompt import Policy
 from tasks import TASKS
 from window import load_prompt, run_rankers
@@ -51,7 +53,7 @@ def train(task: str, seed: int, name: str) -> Path:
 
 
 def shuffled(score, seed: int):
-    """`grpo.score` with each group's rewards dealt out again at random."""
+    """`rollout.score` with each group's rewards dealt out again at random."""
     rng = random.Random(seed)
 
     def deal(*args):
@@ -78,11 +80,11 @@ def other_queries(queries: Sequence[Candidates | Instance]) -> list:
 def swapped_figure(task: str, run: Path, files: dict, windows: list[Instance]) -> float:
     """The trained model's figure where every query is another's."""
     lm, tokenizer = load_lm(str(run), torch.float32)
-    actor = grpo.Actor(Policy(lm.eval()), tokenizer, load_prompt(files["prompt"]), TASKS[task])
+    actor = Actor(Policy(lm.eval()), tokenizer, load_prompt(files["prompt"]), TASKS[task])
     if task == "setwise":
         greedy = grpo.Settings(**toy.PRESET | {"temperature": 0.0, "group_size": 1})
         asked = list(enumerate(other_queries(windows)))
-        rollouts = grpo.sample_and_score(actor, asked, (0,), greedy)
+        rollouts = sample_and_score(actor, asked, (0,), greedy)
         return fmean(float(r.rewards[0]) for r in rollouts)
     settings = AgentSettings(
         window_size=toy.SIZE, step_size=toy.SIZE // 2, max_new_tokens=toy.PRESET["max_new_tokens"]
@@ -129,12 +131,12 @@ def well_formed(task: str, run: Path) -> float:
 
 def measure(task: str, seed: int) -> dict:
     run = train(task, seed, "reward")
-    score = grpo.score
-    grpo.score = shuffled(score, seed)
+    score = rollout.score
+    rollout.score = shuffled(score, seed)
     try:
         control = train(task, seed, "shuffled")
     finally:
-        grpo.score = score
+        rollout.score = score
 
     def held_out(run: Path, when: str) -> float:
         return json.loads((run / when / "held_out.json").read_text())[FIGURE[task]]

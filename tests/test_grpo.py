@@ -19,8 +19,10 @@ from transformers import AutoModelForCausalLM
 
 import data
 import grpo
-from grpo import Rollout, Settings, batch_at, group_advantages, k3, micro_batches, policy_loss
+import rollout
+from grpo import Settings, batch_at, group_advantages, k3, micro_batches, policy_loss
 from parallel import Interrupted, shard
+from rollout import Rollout
 from shared_prompt import Group, Policy, Sample
 from tasks import TASKS
 from window import load_prompt
@@ -219,8 +221,8 @@ def test_groups_of_equal_rewards_cost_nothing(process_group):
 
 def test_where_all_rewards_are_equal_nothing_moves(process_group):
     rollouts = rollouts_of(GROUPS)
-    for rollout in rollouts:
-        rollout.advantages = torch.zeros(3)
+    for r in rollouts:
+        r.advantages = torch.zeros(3)
     weights, stats = weights_after_one_step(rollouts, torch.optim.AdamW)
     assert all(torch.equal(a, b) for a, b in zip(weights, tiny_lm().parameters()))
     assert set(stats.values()) == {0}
@@ -418,7 +420,7 @@ def quick(small, tiny, out, **changes) -> Settings:
 
 
 def test_training_stops_where_too_many_updates_are_not_finite(monkeypatch, small, tiny, tmp_path):
-    monkeypatch.setattr(grpo, "score", lambda task, parsed, *_: [1.0, 2.0, float("nan")])
+    monkeypatch.setattr(rollout, "score", lambda task, parsed, *_: [1.0, 2.0, float("nan")])
     with pytest.raises(SystemExit, match=r"3 updates .*skipped\.jsonl"):
         grpo.train(quick(small, tiny, tmp_path, steps=9, max_skipped=2))
     assert [m["skipped_updates"] for m in metrics(tmp_path)] == [1, 1, 1]
@@ -438,7 +440,7 @@ def test_equal_groups_are_sampled_again(monkeypatch, small, tiny, tmp_path, resa
         asked.append(instance.qid)
         return [1.0] * 3 if instance.qid < "q4" else [0.0, 1.0, 2.0]
 
-    monkeypatch.setattr(grpo, "score", score)
+    monkeypatch.setattr(rollout, "score", score)
     grpo.train(quick(small, tiny, tmp_path, steps=3, resample=resample))
     steps = metrics(tmp_path)
     assert len(asked) == 3 * 3 + sum(m["thrown_away"] for m in steps)

@@ -7,8 +7,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import grpo
 import memory
-from grpo import Rollout, Settings
+from grpo import Settings
 from parallel import gathered, shard
+from rollout import Rollout
 from shared_prompt import Group, Policy, Request, Sample, Sampler, pack_row, response_logprobs
 
 
