@@ -40,9 +40,9 @@ LOGS = ("metrics.jsonl", "responses.jsonl", "skipped.jsonl")  # a line or more a
 # ------------------------------------------------------------------------------ the output folder
 
 
-def claim(output_dir: Path, settings: dict[str, Any]) -> None:
+def claim(output_dir: Path, settings: dict[str, Any], free_to_change: set[str]) -> None:
     """Make the folder this run's: its settings are written there. ValueError, on all processes,
-    where it holds a run with others."""
+    where it holds a run with others that are not free to change."""
 
     def write() -> None:
         if dist.get_rank() > 0:
@@ -50,7 +50,8 @@ def claim(output_dir: Path, settings: dict[str, Any]) -> None:
         file = output_dir / "settings.json"
         if file.exists():
             others = json.loads(file.read_text())
-            if name := first_difference(settings, others):
+            bound = {k: v for k, v in settings.items() if k not in free_to_change}
+            if name := first_difference(bound, others):
                 raise ValueError(
                     f"{output_dir} holds another run, with {name} {others.get(name)!r} instead of "
                     f"{settings[name]!r}: give another --output_dir"

@@ -515,7 +515,7 @@ def train_on(device: torch.device, settings: Settings, stop: StopSignal) -> Path
     output_dir = Path(all_gather(output_dir)[0])  # their clocks may differ
     same = {k: v for k, v in asdict(settings).items() if k not in FREE_TO_CHANGE}
     try:
-        checkpoint.claim(output_dir, same)
+        checkpoint.claim(output_dir, asdict(settings), FREE_TO_CHANGE)
     except ValueError as error:
         raise SystemExit(str(error)) from None
     checkpoints = output_dir / "checkpoints"
