@@ -35,6 +35,7 @@ import data
 import lora
 from checkpoint import write_whole
 from data import Candidates, Qrels
+from memory import is_out_of_memory
 from parallel import Interrupted, StopSignal, all_gather, balanced, processes
 from rearank import AgentSettings, Answer, load_agent, rerank
 from reward import ndcg_at_k
@@ -337,6 +338,13 @@ def main() -> None:
                 print(f"interrupted: {lines} windows are kept in {output_dir}, and the same "
                       "command goes on from them", file=sys.stderr)  # fmt: skip
             raise SystemExit(128 + stop.number) from None
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise SystemExit(
+                f"out of memory: a smaller --max_in_flight than {agent_settings.max_in_flight} "
+                f"needs less, and goes on from the windows on disk\n{error}"
+            ) from error
         if dist.get_rank() == 0:
             print_metrics(metrics)
             print(f"written to {output_dir}")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import pytrec_eval
+import torch
 
 import data
 import evaluate
@@ -320,6 +321,15 @@ def test_another_evaluation_is_never_mixed_in(
         more = [str(arg).format(tmp_path) for arg in more]
         run(monkeypatch, *flags, *more, "--output_dir", unfinished)
     assert contents(unfinished) == before
+
+
+def test_running_out_of_memory_names_the_flag(monkeypatch, flags, tmp_path):
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(evaluate, "rerank", fail)
+    with pytest.raises(SystemExit, match="a smaller --max_in_flight than"):
+        run(monkeypatch, *flags, "--output_dir", tmp_path)
 
 
 def test_a_torn_line_is_asked_again(monkeypatch, capsys, flags, whole, unfinished):
