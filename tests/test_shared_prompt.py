@@ -61,14 +61,17 @@ def test_logprobs_and_every_gradient_equal_the_plain_model(groups, temperature, 
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
-    (expected * weights).sum().backward()
-    (got * weights).sum().backward()
-    # A gradient that is zero in truth, or nearly (with one key or two no query matters), is
-    # rounding noise in both.
-    floor = 1e-1 * torch.stack([p.grad.norm() for p in plain.parameters()]).norm()
-    for (name, a), b in zip(plain.named_parameters(), ours.lm.parameters()):
-        error = (a.grad - b.grad).norm() / a.grad.norm().clamp(min=floor)
-        assert error < 1e-5, (name, error)
+    exact = tiny_lm(0, *heads).double()
+    for logprobs in (expected, got, naive_logprobs(exact, groups, temperature)):
+        (logprobs * weights).sum().backward()
+    total = torch.stack([p.grad.norm() for p in exact.parameters()]).norm()
+    names = dict(plain.named_parameters())
+    for name, p, o, e in zip(names, names.values(), ours.lm.parameters(), exact.parameters()):
+        # To 1e-5; or, where terms cancel so that float32 cannot say it that well (one token
+        # over and over, or one key, whose query does not matter), as well as the plain model.
+        rounding = (p.grad - e.grad).norm()
+        error = (o.grad - e.grad).norm()
+        assert error <= max(1e-5 * e.grad.norm(), 3 * rounding, 1e-6 * total), (name, error)
 
 
 def test_empty_prompt_or_response_is_an_error():
