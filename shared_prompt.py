@@ -317,6 +317,8 @@ def draw(
         # Rounding must not reach past the last token that has any probability.
         at = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
         tokens = torch.searchsorted(cumulative, at, right=True)[:, 0]
+        # Logits that are not finite point past the end; the update will see and skip them.
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
 

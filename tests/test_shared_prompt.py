@@ -173,3 +173,13 @@ def test_draw_never_takes_an_impossible_token():
     logits[:, 3] = 0.0
     drawn, _ = draw(logits, torch.tensor([0.0, 1 - 2**-24]), 1.0, 1.0)
     assert drawn.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_logits_that_are_not_finite_still_draw_a_token(temperature, top_p):
+    logits = torch.zeros(2, 10)
+    logits[0] = float("nan")
+    tokens, logprobs = draw(logits, torch.tensor([0.5, 0.5]), temperature, top_p)
+    assert ((tokens >= 0) & (tokens < 10)).all()
+    assert logprobs[0].isnan() and logprobs[1].isfinite()
