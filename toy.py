@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -277,8 +278,11 @@ def prepare(seed: int, task: str = "listwise") -> dict[str, str]:
     if not folder.exists():
         building = CACHE / f"{folder.name}.{os.getpid()}.tmp"
         building.mkdir(parents=True)
-        build(building, seed, task)
-        building.rename(folder)
+        try:
+            build(building, seed, task)
+            building.rename(folder)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
     names = {
         "model": "model", "prompt": "prompt.toml", "candidates": "train.jsonl",
         "qrels": "train.txt", "eval_candidates": "held_out.jsonl", "eval_qrels": "held_out.txt",
