@@ -32,6 +32,7 @@ Run = dict[str, list[tuple[str, float]]]  # qid -> (docid, score), best first
 # Where RankLLM, pyserini's own collections, BEIR and MS MARCO v2 each keep a document's text.
 TEXT_FIELDS = ("contents", "content", "text", "passage", "segment", "body")
 LARGEST = 2**31  # of a grade or a rank, as for trec_eval
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half a character, UTF-8 cannot
 VECTOR_MODULE = "jdk.incubator.vector"
 
 
@@ -551,6 +552,8 @@ def _field(where: str, record: Any, name: str, *types: type) -> Any:
     if not isinstance(value, types) or isinstance(value, bool):
         wanted = " or ".join(t.__name__ for t in types)
         raise ValueError(f"{where}: field {name!r} should be {wanted}, found {value!r:.60}")
+    if isinstance(value, str) and LONE_SURROGATE.search(value):
+        raise ValueError(f"{where}: field {name!r} holds a lone surrogate, which is no text")
     return value
 
 
@@ -565,7 +568,7 @@ def _parse(where: str, column: str, cell: str, kind: type) -> Any:
     except ValueError:
         value = math.nan
     limit = LARGEST if kind is int else math.inf
-    if "_" in cell or not -limit < value < limit:
+    if "_" in cell or not cell.isascii() or not -limit < value < limit:
         wanted = f"an integer below {LARGEST}" if kind is int else "a finite number"
         raise ValueError(f"{where}: {column} should be {wanted}, found {cell!r:.60}")
     return value
@@ -573,7 +576,8 @@ def _parse(where: str, column: str, cell: str, kind: type) -> Any:
 
 def _check_id(where: str | Path, name: str, value: str) -> str:
     """`value`, if it survives a whitespace-separated file (where a BOM would vanish, too)."""
-    if not isinstance(value, str) or value.split() != [value] or "\ufeff" in value:
+    is_word = isinstance(value, str) and value.split() == [value] and "\ufeff" not in value
+    if not is_word or LONE_SURROGATE.search(value):
         raise ValueError(f"{where}: {name} should be text without whitespace, found {value!r:.60}")
     return value
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from types import MappingProxyType
+from unittest.mock import patch
 
 import torch
 from transformers import (
@@ -39,7 +40,7 @@ from settings import parse_settings, setting
 from setwise import SORTS
 from shared_prompt import Policy, Request, Sample, Sampler
 from tasks import TASKS
-from window import OPENING_TURNS, Prompt, Task, conversation, load_prompt, run_rankers
+from window import OPENING_TURNS, TAGS, Prompt, Task, conversation, load_prompt, run_rankers
 
 
 @dataclass
@@ -74,20 +75,33 @@ def load_lm(
     name: str, dtype: torch.dtype, attention: str = "sdpa"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model on the CPU, tokenizer) by Hugging Face name or folder. SystemExit, naming --model,
-    where it cannot be loaded or its tokenizer has no chat template."""
+    where it cannot be loaded or its tokenizer has no vocabulary or no chat template."""
     try:
         tokenizer = load_tokenizer(name)
         load = lora.load_merged if lora.base_of(name) else AutoModelForCausalLM.from_pretrained
-        # Safetensors alone: a pickle could run code.
-        lm = load(name, dtype=dtype, attn_implementation=attention, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"--model {name}: cannot be loaded: {error}") from None
+        # Safetensors alone: a pickle could run code, and even a safetensors index may name one.
+        with patch("torch.load", refuse_pickle):
+            lm = load(
+                name, dtype=dtype, attn_implementation=attention, use_safetensors=True,
+                trust_remote_code=False,
+            )  # fmt: skip
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of what lies in a damaged file, any
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        raise SystemExit(f"--model {name}: cannot be loaded: {problem}") from None
+    if not tokenizer.encode("text", add_special_tokens=False):
+        raise SystemExit(f"--model {name}: its tokenizer has no vocabulary; is a file missing?")
     if tokenizer.chat_template is None:
         raise SystemExit(f"--model {name}: its tokenizer has no chat template; use a chat model")
     reader = {"sdpa": "PyTorch SDPA", "flash_attention_2": "flash-attention 2"}[attention]
     print(f"{name}: {lm.num_parameters():,} parameters, reads prompts with {reader}",
           file=sys.stderr)  # fmt: skip
     return lm, tokenizer
+
+
+def refuse_pickle(file, *_, **__):
+    raise ValueError(f"{file} is a pickle; only safetensors are read")
 
 
 def empty_lm(
@@ -110,7 +124,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return load_tokenizer(base)
     if config.get("tokenizer_class") == "TokenizersBackend":
         return PreTrainedTokenizerFast.from_pretrained(name)
-    return AutoTokenizer.from_pretrained(name)
+    # Told so, or it would ask on stdin whether to run the code that comes with a model.
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def end_tokens(lm, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -129,23 +144,23 @@ def encode_chat(
 ) -> list[int]:
     """Chat messages as token ids; with `generate` up to where the assistant's reply begins.
 
-    Control tokens come from the chat template alone: one that is spelled out in a message (a
-    passage may hold <|im_end|>) is encoded as the plain text it is, so no text can end its turn.
+    Control tokens come from the chat template alone. One that is spelled out in a message (a
+    passage may hold <|im_end|>) is cut after its first character, and the parts are encoded apart:
+    so it is the plain text it is, and no text can end its turn.
     """
     added = tokenizer.added_tokens_decoder.values()
-    controls = {*tokenizer.all_special_tokens, *(str(t) for t in added if t.special)}
-    control = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))))
-    spelled_out: list[str] = []
-    if controls and any(control.search(m["content"]) for m in messages):
-        # While the template is filled in, each is hidden behind a mark that no message holds.
-        everything = "".join(m["content"] for m in messages)
-        mark = next(m for i in count() if (m := f"\ue000{i}\ue001") not in everything)
-
-        def hide(found: re.Match) -> str:
-            spelled_out.append(found[0])
-            return f"{mark}{len(spelled_out) - 1}\ue002"
-
-        messages = [m | {"content": control.sub(hide, m["content"])} for m in messages]
+    # Some that control are not marked as special: Qwen2.5's <|fim_prefix|>, DeepSeek's turns.
+    controls = {str(t) for t in added if t.special or str(t).startswith(("<", "["))}
+    controls.update(tokenizer.all_special_tokens)
+    controls -= set(TAGS)  # which a prompt speaks of
+    first = (f"{re.escape(t[0])}(?={re.escape(t[1:])})" for t in controls if t[1:])
+    starts = re.compile("|".join(first) or "(?!)")
+    held = set().union(*(m["content"] for m in messages))
+    if any("\ud800" <= char <= "\udfff" for char in held):
+        raise ValueError("the query or a passage holds a lone surrogate, which is no text")
+    # While the template is filled in, a character that no message holds marks the cuts.
+    cut = next(char for i in count(0xE000) if (char := chr(i)) not in held)
+    messages = [m | {"content": starts.sub(rf"\g<0>{cut}", m["content"])} for m in messages]
     try:
         text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=generate
@@ -155,13 +170,8 @@ def encode_chat(
         raise ValueError(
             f"the model's chat template refuses these turns ({roles} ...): {error}"
         ) from error
-    first, *hidden = re.split(f"{mark}([0-9]+)\ue002", text) if spelled_out else [text]
-    ids = tokenizer.encode(first, add_special_tokens=False)
-    for i, after in zip(hidden[::2], hidden[1::2]):
-        token = spelled_out[int(i)]
-        ids += tokenizer.encode(token, add_special_tokens=False, split_special_tokens=True)
-        ids += tokenizer.encode(after, add_special_tokens=False)
-    return ids
+    parts = (tokenizer.encode(part, add_special_tokens=False) for part in text.split(cut))
+    return [token for ids in parts for token in ids]
 
 
 def encode_window(

@@ -55,7 +55,7 @@ def load_prompt(path: str | Path) -> Prompt:
         if type(settings.get(field.name)) is not field.type:
             raise ValueError(f"{path}: expected {field.name} = a {field.type.__name__}")
     if unknown := settings.keys() - {field.name for field in fields(Prompt)}:
-        raise ValueError(f"{path}: unknown key {sorted(unknown)[0]!r}")
+        raise ValueError(f"{path}: unknown key {sorted(unknown)[0]!r:.60}")
     prompt = Prompt(**settings)
     if prompt.max_chars < 1:
         raise ValueError(f"{path}: max_chars must be at least 1")
