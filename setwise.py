@@ -6,23 +6,14 @@ turns such choices into the top 10.
 The sorts (Zhuang et al. 2024, "A Setwise Approach ...", arXiv 2310.09497) compare a parent with its
 `children` in one question. They are rankers as `window.slide` is one: they yield the windows they
 need answered next, all that are independent in one batch, and are sent the answers. The first
-passage of a window is the one to keep where no answer can be read.
+passage of a window, which the first stage ranked best, is kept where no answer can be read.
 """
 
 import re
 from collections.abc import Sequence
 
-from data import choice_training_set
-from window import (
-    LABEL,
-    PROMPTS,
-    Parsed,
-    Ranker,
-    Task,
-    read_answer,
-    split_response,
-    well_tagged,
-)
+from settings import UserError
+from window import LABEL, Parsed, Ranker, read_answer, split_response, well_tagged
 
 CHOICE = re.compile(r"\s*\[[0-9]+\]\s*")
 
@@ -83,9 +74,9 @@ def graded_reward(parsed: Parsed, grades: Sequence[int], *_) -> float:
 
 
 def check_children(children: int) -> None:
-    """ValueError where a window would hold the parent alone, so that no choice could be made."""
+    """UserError where a window would hold the parent alone, so that no choice could be made."""
     if children < 1:
-        raise ValueError(
+        raise UserError(
             f"a window of {children + 1} offers no choice: window_size must be at least 2"
         )
 
@@ -93,10 +84,10 @@ def check_children(children: int) -> None:
 def heapsort(n: int, k: int = 10, children: int = 19) -> Ranker:
     """The top k of n by a heap with `children` children per parent; the rest in given order.
 
-    Building the heap asks level by level from the bottom, a level's parents in one batch.
-    Taking the top asks along the path that the last passage sinks: its parent is often one of the
-    last passages, and that is what an answer that cannot be read keeps there. Not stable: of
-    equally good passages any may come first. ValueError for `children` under 1.
+    Building the heap asks level by level from the bottom, a level's parents in one batch. Taking
+    the top asks along the path that the last passage sinks. A window shows its passages in given
+    order, whichever is the parent: an answer that cannot be read keeps the best-ranked of them, and
+    without any readable answer the given order stays. UserError for `children` under 1.
     """
     check_children(children)
     heap = list(range(n))
@@ -125,12 +116,14 @@ def sift_down(heap: list[int], size: int, parents: list[int], children: int):
             [place, *range(place * children + 1, min(place * children + children + 1, size))]
             for place in parents
         ]
+        for family in families:
+            family.sort(key=heap.__getitem__)
         answers = yield [[heap[place] for place in family] for family in families]
         sinking = []
-        for family, answer in zip(families, answers):
+        for parent, family, answer in zip(parents, families, answers):
             best = family[answer[0]]
-            if best != family[0]:
-                heap[family[0]], heap[best] = heap[best], heap[family[0]]
+            if best != parent:
+                heap[parent], heap[best] = heap[best], heap[parent]
                 sinking.append(best)
         parents = sinking
 
@@ -140,7 +133,7 @@ def bubblesort(n: int, k: int = 10, children: int = 19) -> Ranker:
 
     A window's first passage is the lowest-numbered place of the pass; its best moves there.
     Stable: where the answers prefer, of equally good passages, the one shown first, so does the
-    top k; and where no answer can be read, nothing moves. ValueError for `children` under 1.
+    top k; and where no answer can be read, nothing moves. UserError for `children` under 1.
     """
     check_children(children)
     order = list(range(n))
@@ -155,13 +148,3 @@ def bubblesort(n: int, k: int = 10, children: int = 19) -> Ranker:
 
 
 SORTS = {"heapsort": heapsort, "bubblesort": bubblesort}
-
-TASK = Task(
-    prompt=PROMPTS / "setwise.toml",
-    parse=parse_choice,
-    rewards={"exact": exact_reward, "graded": graded_reward},
-    ranker=lambda n, s: SORTS[s.sort](n, s.sort_top, s.window_size - 1),
-    training_set=lambda candidates, qrels, s: choice_training_set(
-        candidates, qrels, s.size, s.draws, s.seed
-    ),
-)

@@ -1,14 +1,40 @@
-"""The tasks a reranker can be trained for. A new one is a file of its own and a line here."""
+"""What a reranker can be trained for: what a task is, and the two there are. A new one is a file of
+functions like setwise.py, an entry here, and its name among the choices in settings.py."""
 
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
-import setwise
-from data import training_set
+from data import TrainingWindow, choice_training_set, training_set
+from engine.model import file_beside
 from reward import listwise_reward
-from window import LISTWISE_PROMPT, Task, parse_ranking, slide
+from settings import AgentSettings, TrainSettings, UserError
+from setwise import SORTS, exact_reward, graded_reward, parse_choice
+from sources.formats import Candidates
+from sources.trec import Qrels
+from window import PROMPTS, Parsed, Ranker, parse_ranking, slide
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the programs ask of a task: how to converse, to read a reply, to reward it, to rank many
+    candidates with a model that sees few; and which windows to train on."""
+
+    does: str  # what its model does with the passages of a window, for the model card
+    prompt: Path  # the conversation, as a TOML file
+    parse: Callable[..., Parsed]  # (completion, n, reasoning) -> Parsed
+    rewards: dict[str, Callable[..., float]]  # by name: (parsed, grades, judged, weights) -> reward
+    ranker: Callable[[int, AgentSettings], Ranker]  # of so many candidates
+    training_set: Callable[[list[Candidates], Qrels, TrainSettings], list[TrainingWindow]]
+
 
 LISTWISE = Task(
-    prompt=LISTWISE_PROMPT,
+    does="reasons about them, and ranks them",
+    prompt=PROMPTS / "listwise.toml",
     parse=parse_ranking,
     rewards={
         variant: partial(listwise_reward, variant=variant)
@@ -16,11 +42,47 @@ LISTWISE = Task(
     },
     ranker=lambda n, s: slide(n, s.window_size, s.step_size),
     training_set=lambda candidates, qrels, s: training_set(
-        candidates, qrels, s.size, s.draws, s.min_ndcg, s.ndcg_filter, s.seed
+        candidates, qrels, s.window_size, s.draws, s.min_ndcg, s.ndcg_filter, s.seed
     ),
 )
 
-TASKS = {
-    "listwise": LISTWISE,
-    "setwise": setwise.TASK,
-}
+SETWISE = Task(
+    does="reasons about them, and names the best",
+    prompt=PROMPTS / "setwise.toml",
+    parse=parse_choice,
+    rewards={"exact": exact_reward, "graded": graded_reward},
+    ranker=lambda n, s: SORTS[s.sort](n, s.sort_top, s.window_size - 1),
+    training_set=lambda candidates, qrels, s: choice_training_set(
+        candidates, qrels, s.window_size, s.draws, s.seed
+    ),
+)
+
+TASKS = {"listwise": LISTWISE, "setwise": SETWISE}
+
+
+def settle(settings: AgentSettings) -> AgentSettings:
+    """With task and prompt decided: the flag's, else the model's own, else listwise and the task's.
+    For another task than it was trained for, the prompt is not the model's own."""
+    trained_for = own_task(settings.model)
+    task = settings.task or trained_for or next(iter(TASKS))
+    own = file_beside(settings.model, "prompt.toml") if task == (trained_for or task) else None
+    return replace(settings, task=task, prompt=settings.prompt or str(own or TASKS[task].prompt))
+
+
+def say_another_task(settings: AgentSettings) -> None:
+    """Say where the model was trained for another task than it is asked for."""
+    trained_for = own_task(settings.model)
+    if trained_for not in (None, settings.task) and os.environ.get("RANK", "0") == "0":
+        words = f"{settings.model} was trained for {trained_for}, not for {settings.task}"
+        print(words, file=sys.stderr)
+
+
+def own_task(model: str) -> str | None:
+    """The task that a model was trained for, where the settings of its training lie beside it."""
+    path = file_beside(model, "settings.json")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8")) if path else {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read: {error}; without it the model can") from None
+    task = settings.get("task") if isinstance(settings, dict) else None
+    return task if task in TASKS else None

@@ -25,9 +25,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import trange
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-import data
-from data import Candidates, Passage, Qrels
-from rearank import encode_chat
+from engine.chat import encode_chat
+from sources.formats import Candidates, Passage, write_candidates
+from sources.trec import Qrels, write_qrels
 from window import Prompt, conversation
 
 CACHE = Path(__file__).parent / ".cache"
@@ -48,8 +48,8 @@ def make_world(
     """(training queries, held-out queries, qrels of both); each query has `depth` candidates."""
     rng = random.Random(seed)
     pairs = [(a, b) for i, a in enumerate(TOPICS) for b in TOPICS[i + 1 :]]
-    queries = [make_query(rng, f"q{i}", pair, depth) for i, pair in
-               enumerate(rng.sample(pairs, train + held_out))]  # fmt: skip
+    drawn = rng.sample(pairs, train + held_out)
+    queries = [make_query(rng, f"q{i}", pair, depth) for i, pair in enumerate(drawn)]
     qrels = {q.qid: {p.docid: grade(q.query, p.text) for p in q.passages} for q in queries}
     return queries[:train], queries[train:], qrels
 
@@ -134,18 +134,19 @@ CHAT_TEMPLATE = (
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A token a word. Only the turns' marks are special, so that a response decodes as text."""
     special = ["<|end|>", "<|pad|>", "<|unknown|>", "<|system|>", "<|user|>", "<|assistant|>"]
-    words = [
-        *special, "<think>", "</think>", "<answer>", "</answer>", ">", "judge", "ready", "rank",
-        "best", "for", *(f"[{i}]" for i in range(1, 21)), *NOTES, *TOPICS, *FILLERS,
-        *DEPTHS,
-    ]  # fmt: skip
+    spoken = "<think> </think> <answer> </answer> > judge ready rank best for".split()
+    labels = [f"[{i}]" for i in range(1, 21)]
+    words = [*special, *spoken, *labels, *NOTES, *TOPICS, *FILLERS, *DEPTHS]
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
     words_only = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
     words_only.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words_only, eos_token="<|end|>", pad_token="<|pad|>",
-        unk_token="<|unknown|>", additional_special_tokens=special[3:],
-    )  # fmt: skip
+        tokenizer_object=words_only,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        unk_token="<|unknown|>",
+        additional_special_tokens=special[3:],
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -153,11 +154,19 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512,
-        tie_word_embeddings=True, initializer_range=0.1, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
     return Qwen2ForCausalLM(config)
 
 
@@ -261,10 +270,17 @@ def teach(
 # ----------------------------------------------------------------------------------- for grpo.py
 
 PRESET = {
-    "size": SIZE, "draws": 20, "max_new_tokens": 40, "batch_size": 16, "group_size": 16,
-    "steps": 200, "learning_rate": 3e-4, "beta": 0.2, "max_in_flight": 256,
+    "window_size": SIZE,
+    "draws": 20,
+    "max_new_tokens": 40,
+    "batch_size": 16,
+    "group_size": 16,
+    "steps": 200,
+    "learning_rate": 3e-4,
+    "beta": 0.2,
+    "max_in_flight": 256,
     "activation_checkpointing": False,
-}  # fmt: skip
+}
 
 
 def prepare(seed: int, task: str = "listwise") -> dict[str, str]:
@@ -283,18 +299,16 @@ def prepare(seed: int, task: str = "listwise") -> dict[str, str]:
             building.rename(folder)
         finally:
             shutil.rmtree(building, ignore_errors=True)
-    names = {
-        "model": "model", "prompt": "prompt.toml", "candidates": "train.jsonl",
-        "qrels": "train.txt", "eval_candidates": "held_out.jsonl", "eval_qrels": "held_out.txt",
-    }  # fmt: skip
-    return {setting: str(folder / name) for setting, name in names.items()}
+    settings = "model prompt candidates qrels eval_candidates eval_qrels".split()
+    names = "model prompt.toml train.jsonl train.txt held_out.jsonl held_out.txt".split()
+    return {setting: str(folder / name) for setting, name in zip(settings, names)}
 
 
 def build(folder: Path, seed: int, task: str) -> None:
     train, held_out, qrels = make_world(seed)
     for name, queries in (("train", train), ("held_out", held_out)):
-        data.write_candidates(queries, folder / f"{name}.jsonl")
-        data.write_qrels({q.qid: qrels[q.qid] for q in queries}, folder / f"{name}.txt")
+        write_candidates(queries, folder / f"{name}.jsonl")
+        write_qrels({q.qid: qrels[q.qid] for q in queries}, folder / f"{name}.txt")
     lines = [f"{name} = {json.dumps(value)}" for name, value in asdict(PROMPTS[task]).items()]
     (folder / "prompt.toml").write_text("\n".join(lines) + "\n")
     tokenizer = make_tokenizer()

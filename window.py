@@ -19,6 +19,8 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from settings import UserError
+
 PROMPTS = Path(__file__).parent / "prompts"
 LISTWISE_PROMPT = PROMPTS / "listwise.toml"
 
@@ -44,26 +46,33 @@ class Prompt:
 def load_prompt(path: str | Path) -> Prompt:
     """Read a prompt from a TOML file that sets every field of `Prompt` and no other key.
 
-    Raises ValueError, naming the file and the key, where one is missing, unknown or of another
+    Raises UserError, naming the file and the key, where one is missing, unknown or of another
     type, or where the passages' text or the query would never be shown.
     """
     try:
         settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--prompt {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a TOML file: {error}") from None
+        raise UserError(f"{path}: not a TOML file: {error}") from None
     for field in fields(Prompt):
         if type(settings.get(field.name)) is not field.type:
-            raise ValueError(f"{path}: expected {field.name} = a {field.type.__name__}")
+            raise UserError(f"{path}: expected {field.name} = a {field.type.__name__}")
     if unknown := settings.keys() - {field.name for field in fields(Prompt)}:
-        raise ValueError(f"{path}: unknown key {sorted(unknown)[0]!r:.60}")
+        raise UserError(f"{path}: unknown key {sorted(unknown)[0]!r:.60}")
     prompt = Prompt(**settings)
     if prompt.max_chars < 1:
-        raise ValueError(f"{path}: max_chars must be at least 1")
+        raise UserError(f"{path}: max_chars must be at least 1")
     if "{text}" not in prompt.passage:
-        raise ValueError(f"{path}: passage lacks {{text}}, so no passage would be shown")
+        raise UserError(f"{path}: passage lacks {{text}}, so no passage would be shown")
     if "{query}" not in prompt.opening + prompt.request:
-        raise ValueError(f"{path}: neither opening nor request holds {{query}}")
+        raise UserError(f"{path}: neither opening nor request holds {{query}}")
     return prompt
+
+
+def shown_text(passage: str, prompt: Prompt) -> str:
+    """What is shown of a passage: its white space folded, its end cut off."""
+    return " ".join(passage.split())[: prompt.max_chars]
 
 
 def conversation(query: str, passages: Sequence[str], prompt: Prompt) -> list[dict[str, str]]:
@@ -84,8 +93,8 @@ def conversation(query: str, passages: Sequence[str], prompt: Prompt) -> list[di
         {"role": "assistant", "content": fill(prompt.ready)},
     ]
     for i, passage in enumerate(passages, start=1):
-        text = " ".join(passage.split())[: prompt.max_chars]
-        messages.append({"role": "user", "content": fill(prompt.passage, i=i, text=text)})
+        text = fill(prompt.passage, i=i, text=shown_text(passage, prompt))
+        messages.append({"role": "user", "content": text})
         messages.append({"role": "assistant", "content": fill(prompt.received, i=i)})
     messages.append({"role": "user", "content": fill(prompt.request)})
     return messages
@@ -175,76 +184,66 @@ def parse_ranking(completion: str, n: int, reasoning: bool = True) -> Parsed:
 Ranker = Generator[list[list[int]], list[list[int]], list[int]]
 
 
-def windows(n: int, size: int = 20, step: int = 10) -> list[tuple[int, int]]:
+def windows(n: int, window_size: int = 20, step_size: int = 10) -> list[tuple[int, int]]:
     """The (start, end) of each window over n candidates, in the order they are ranked.
 
     From the bottom to the top; every candidate is covered, and the last window always starts at
-    0, with more overlap where the step does not divide. n <= size is one window, n = 0 none.
+    0, with more overlap where the step does not divide. n <= window_size is one window, n = 0 none.
     """
-    if size < 2:
-        raise ValueError(f"a window of {size} cannot rank: window_size must be at least 2")
-    if not 1 <= step <= size:
-        raise ValueError(
-            f"step_size must be 1 to window_size ({size}), not {step}: a larger one "
+    if window_size < 2:
+        raise UserError(f"a window of {window_size} cannot rank: window_size must be at least 2")
+    if not 1 <= step_size <= window_size:
+        raise UserError(
+            f"step_size must be 1 to window_size ({window_size}), not {step_size}: a larger one "
             "would skip candidates"
         )
-    starts = [*range(n - size, 0, -step), 0]
-    return [(start, min(start + size, n)) for start in starts] if n else []
+    starts = [*range(n - window_size, 0, -step_size), 0]
+    return [(start, min(start + window_size, n)) for start in starts] if n else []
 
 
-def slide(n: int, size: int = 20, step: int = 10) -> Ranker:
+def slide(n: int, window_size: int = 20, step_size: int = 10) -> Ranker:
     """The listwise ranker: one window at a time, from the bottom to the top."""
     order = list(range(n))
-    for start, end in windows(n, size, step):
+    for start, end in windows(n, window_size, step_size):
         given = order[start:end]
         (answer,) = yield [given]
         order[start:end] = [given[position] for position in answer]
     return order
 
 
-@dataclass(frozen=True)
-class Task:
-    """What the programs ask of a task: how to converse, to read a reply, to reward it, to rank many
-    candidates with a model that sees few; and which windows to train on."""
-
-    prompt: Path  # the conversation, as a TOML file
-    parse: Callable[..., Parsed]  # (completion, n, reasoning) -> Parsed
-    rewards: dict[str, Callable[..., float]]  # by name: (parsed, grades, judged, weights) -> reward
-    ranker: Callable[..., Ranker]  # (n candidates, AgentSettings) -> Ranker
-    training_set: Callable[..., list]  # (candidates, qrels, grpo's Settings) -> [data.Instance]
-
-
 def run_rankers(
     rankers: Iterable[Ranker],
     submit: Callable[[tuple[int, int], list[int]], None],
     collect: Callable[[], Iterable[tuple[tuple[int, int], list[int]]]],
-    done: Callable[[int, list[int]], None],
-) -> None:
-    """Drive many rankers at once; each goes on as soon as its own windows are answered.
+) -> list[list[int]]:
+    """Each ranker's final order. Many are driven at once, and each goes on as soon as its own
+    windows are answered.
 
-    submit(ticket, given): queue one window; ticket = (index of the ranker, index in its batch).
+    submit(ticket, given): queue one window; ticket = (index of the ranker, number of the window).
     collect(): wait for at least one queued window; the (ticket, answer) of those now finished.
-    done(index, order): one ranker's final order, as soon as it is known.
     """
     rankers = list(rankers)
-    waiting: dict[int, dict[int, list[int]]] = {}  # answers so far, by ranker and window
-    expected: dict[int, int] = {}
+    orders: dict[int, list[int]] = {}
+    asked = [0] * len(rankers)  # windows so far, of each ranker
+    waiting: dict[int, dict[int, list[int] | None]] = {}  # by ranker and window; None: no answer
 
     def advance(index: int, answers: list[list[int]] | None) -> None:
         try:
             batch = rankers[index].send(answers)
         except StopIteration as finished:
-            done(index, finished.value)
+            orders[index] = finished.value
             return
-        waiting[index], expected[index] = {}, len(batch)
-        for place, given in enumerate(batch):
-            submit((index, place), given)
+        numbers = range(asked[index], asked[index] + len(batch))
+        asked[index] = numbers.stop
+        waiting[index] = dict.fromkeys(numbers)
+        for number, given in zip(numbers, batch):
+            submit((index, number), given)
 
     for index in range(len(rankers)):
         advance(index, None)
     while waiting:
-        for (index, place), answer in collect():
-            waiting[index][place] = answer
-            if len(waiting[index]) == expected[index]:
-                answers = waiting.pop(index)
-                advance(index, [answers[place] for place in range(expected[index])])
+        for (index, number), answer in collect():
+            waiting[index][number] = answer
+            if None not in waiting[index].values():
+                advance(index, list(waiting.pop(index).values()))
+    return [orders[index] for index in range(len(rankers))]

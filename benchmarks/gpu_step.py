@@ -23,7 +23,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from shared_prompt import Group, Policy, Request, Sampler, pack_row, response_logprobs
+from engine.packed import Group, Policy, pack_row, response_logprobs
+from engine.sampler import Request, Sampler
 
 SHAPE = {
     "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,

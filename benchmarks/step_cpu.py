@@ -66,7 +66,7 @@ def peak_mb() -> float:
 
 
 def load(folder: Path):
-    from rearank import load_lm
+    from engine.model import load_lm
 
     return load_lm(str(folder), torch.float32)
 
@@ -81,9 +81,11 @@ def prompt_ids(folder: Path, tokenizer) -> list[int]:
 def ours(folder: Path, group: int, length: int, repeats: int) -> dict:
     """The programs' own functions: Sampler, group_advantages, update."""
     import grpo
-    from parallel import gathered, processes, shard
+    from engine.packed import Policy
+    from engine.parallel import gathered, processes, shard
+    from engine.sampler import Request, Sampler
     from rollout import Rollout
-    from shared_prompt import Policy, Request, Sampler
+    from settings import TrainSettings
 
     with processes() as device:
         lm, tokenizer = load(folder)
@@ -91,7 +93,7 @@ def ours(folder: Path, group: int, length: int, repeats: int) -> dict:
         policy = shard(Policy(lm).eval(), device)
         reference = shard(Policy(frozen.requires_grad_(False).eval()), device)
         optimizer = torch.optim.AdamW(policy.parameters(), RATE)
-        settings = grpo.Settings(beta=BETA, max_tokens_per_micro_batch=10**9)
+        settings = TrainSettings(beta=BETA, max_tokens_per_micro_batch=10**9)
         prompt, base, steps, updates = prompt_ids(folder, tokenizer), resident_mb(), [], []
         for step in range(repeats + 1):
             started = time.perf_counter()
@@ -103,7 +105,7 @@ def ours(folder: Path, group: int, length: int, repeats: int) -> dict:
             rewards = torch.arange(group) % 2.0  # equal ones would cost no update
             advantages = grpo.group_advantages(rewards, group)
             rollout = Rollout(0, None, prompt, samples, [], rewards, advantages)
-            grpo.update(policy, reference, optimizer, [rollout], settings, device)
+            grpo.update(policy, reference, optimizer, [rollout], settings)
             steps.append(time.perf_counter() - started)
             updates.append(time.perf_counter() - sampled)
     return figures(steps, updates, base)
@@ -115,7 +117,7 @@ def trl(folder: Path, group: int, length: int, repeats: int) -> dict:
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from rearank import load_tokenizer
+    from engine.model import load_tokenizer
 
     generating, steps, updates = [], [], []
 
@@ -178,7 +180,7 @@ def update_loop(lm, logprobs_of, frozen, group: int, repeats: int) -> tuple[list
             ref = logprobs_of(frozen)
         new = logprobs_of(lm)
         mask = torch.ones_like(new, dtype=torch.bool)
-        loss = grpo.policy_loss(new, new.detach(), ref, advantages, mask, 0.2, BETA)
+        loss = grpo.policy_loss(new, new.detach(), ref, advantages, mask, 0.2, BETA).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimizer.step()

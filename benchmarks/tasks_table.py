@@ -16,11 +16,13 @@ from pathlib import Path
 import torch
 from toy_learning import OUT, train
 
-import data
 import toy
-from evaluate import evaluate, judged_queries, oracle_rerank
-from parallel import processes
-from rearank import AgentSettings, load_agent, rerank
+from engine.parallel import processes
+from evaluate import oracle_rerank
+from measure import Evaluation, judged_queries, measure_all
+from rearank import load_agent, rank_batch
+from settings import AgentSettings
+from sources import formats, trec
 
 SEED = 81
 WAYS = {  # what is asked for, and how many are asked it
@@ -30,10 +32,10 @@ WAYS = {  # what is asked for, and how many are asked it
 }
 
 
-def measure(candidates, qrels, rerank_all) -> dict:
+def count(candidates, qrels, rerank) -> dict:
     with tempfile.TemporaryDirectory() as out:
         with processes():
-            metrics = evaluate(candidates, qrels, rerank_all, Path(out))
+            (metrics,) = measure_all([Evaluation(candidates, qrels, Path(out))], rerank)
         windows = (Path(out) / "windows.jsonl").read_text().splitlines()
     shown = sum(len(json.loads(line)["given"]) for line in windows)
     return {"ndcg": metrics["after"]["ndcg@10"], "calls": metrics["windows"], "shown": shown,
@@ -57,30 +59,26 @@ def main() -> None:
     rows = {}
     for way, settings in WAYS.items():
         files = toy.prepare(SEED, settings["task"])
-        agent = load_agent(
-            AgentSettings(
-                model=str(trained_model(settings["task"])),
-                prompt=files["prompt"],
-                window_size=toy.SIZE,
-                step_size=toy.SIZE // 2,
-                max_new_tokens=toy.PRESET["max_new_tokens"],
-                **settings,
-            )
+        agent_settings = AgentSettings(
+            model=str(trained_model(settings["task"])),
+            prompt=files["prompt"],
+            window_size=toy.SIZE,
+            step_size=toy.SIZE // 2,
+            max_new_tokens=toy.PRESET["max_new_tokens"],
+            **settings,
         )
-        candidates = data.read_candidates(files["eval_candidates"])
-        qrels = data.read_qrels(files["eval_qrels"])
-        rows[way] = measure(candidates, qrels, partial(rerank, agent))
+        rerank = partial(rank_batch, load_agent(agent_settings), agent_settings)
+        candidates = formats.read_candidates(files["eval_candidates"])
+        qrels = trec.read_qrels(files["eval_qrels"])
+        rows[way] = count(candidates, qrels, rerank)
     print_table("The offline world, trained models, windows of 6", rows)
     if len(sys.argv) == 3:
-        qrels = data.read_qrels(sys.argv[2])
-        candidates = judged_queries(data.read_candidates(sys.argv[1]), qrels, 100)
+        qrels = trec.read_qrels(sys.argv[2])
+        candidates = judged_queries(formats.read_candidates(sys.argv[1]), qrels, 100)
         rows = {}
         for way, settings in WAYS.items():
-
-            def judge(candidates, report, known, settings=settings):
-                return oracle_rerank(candidates, qrels, AgentSettings(**settings), report)
-
-            rows[way] = measure(candidates, qrels, judge)
+            judge = partial(oracle_rerank, qrels, AgentSettings(**settings))
+            rows[way] = count(candidates, qrels, judge)
         print_table("Judgments answer, windows of 20", rows)
 
 

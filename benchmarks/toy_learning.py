@@ -28,24 +28,27 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import data
 import grpo
 import rollout
 import toy
-from data import Candidates, Instance
-from evaluate import ndcg_table
-from rearank import Agent, AgentSettings, load_lm, rerank
-from rollout import Actor, sample_and_score
-from shared_prompt import Policy
+from data import TrainingWindow
+from engine.model import load_lm
+from engine.packed import Policy
+from measure import mean, per_query
+from rearank import Agent, rank_batch, rank_windows
+from rollout import sample_and_score
+from settings import AgentSettings, TrainSettings
+from sources import formats, trec
+from sources.formats import Candidates
 from tasks import TASKS
-from window import load_prompt, run_rankers
+from window import load_prompt
 
 OUT = Path(__file__).parents[1] / "runs" / "toy_learning"
 FIGURE = {"listwise": "ndcg@10", "setwise": "window_reward"}
 
 
 def train(task: str, seed: int, name: str) -> Path:
-    settings = grpo.Settings(
+    settings = TrainSettings(
         preset="toy", task=task, seed=seed, output_dir=str(OUT / f"{task}-{seed}-{name}"),
         **toy.PRESET,
     )  # fmt: skip
@@ -63,7 +66,7 @@ def shuffled(score, seed: int):
     return deal
 
 
-def other_queries(queries: Sequence[Candidates | Instance]) -> list:
+def other_queries(queries: Sequence[Candidates | TrainingWindow]) -> list:
     """Each with a query that shares no topic with its own."""
 
     def topics(query):
@@ -77,24 +80,24 @@ def other_queries(queries: Sequence[Candidates | Instance]) -> list:
     return swapped
 
 
-def swapped_figure(task: str, run: Path, files: dict, windows: list[Instance]) -> float:
+def swapped_figure(task: str, run: Path, files: dict, windows: list[TrainingWindow]) -> float:
     """The trained model's figure where every query is another's."""
     lm, tokenizer = load_lm(str(run), torch.float32)
-    actor = Actor(Policy(lm.eval()), tokenizer, load_prompt(files["prompt"]), TASKS[task])
+    agent = Agent(Policy(lm.eval()), tokenizer, load_prompt(files["prompt"]), TASKS[task])
     if task == "setwise":
-        greedy = grpo.Settings(**toy.PRESET | {"temperature": 0.0, "group_size": 1})
+        greedy = TrainSettings(**toy.PRESET | {"temperature": 0.0, "group_size": 1})
         asked = list(enumerate(other_queries(windows)))
-        rollouts = sample_and_score(actor, asked, (0,), greedy)
+        rollouts = sample_and_score(agent, asked, (0,), greedy)
         return fmean(float(r.rewards[0]) for r in rollouts)
     settings = AgentSettings(
         window_size=toy.SIZE, step_size=toy.SIZE // 2, max_new_tokens=toy.PRESET["max_new_tokens"]
     )
-    agent = Agent(actor.policy, tokenizer, actor.prompt, TASKS[task], settings)
-    asked = other_queries(data.read_candidates(files["eval_candidates"]))
-    return ndcg_table(rerank(agent, asked), data.read_qrels(files["eval_qrels"]))["ndcg@10"]
+    asked = other_queries(formats.read_candidates(files["eval_candidates"]))
+    ranked = rank_batch(agent, settings, asked)
+    return mean(per_query(ranked, trec.read_qrels(files["eval_qrels"])))["ndcg@10"]
 
 
-def demonstrator_figure(task: str, files: dict, windows: list[Instance]) -> float:
+def demonstrator_figure(task: str, files: dict, windows: list[TrainingWindow]) -> float:
     """The noise-free demonstrator's, by the same windows and the same sliding."""
     if task == "setwise":
         firsts = [
@@ -102,24 +105,19 @@ def demonstrator_figure(task: str, files: dict, windows: list[Instance]) -> floa
             for w in windows
         ]
         return fmean(first == max(w.grades) for first, w in zip(firsts, windows))
-    candidates = data.read_candidates(files["eval_candidates"])
+    candidates = formats.read_candidates(files["eval_candidates"])
     settings = AgentSettings(window_size=toy.SIZE, step_size=toy.SIZE // 2)
-    pending, orders = [], {}
+    pending = []
 
     def collect():
-        (index, place), given = pending.pop()
-        texts = [candidates[index].passages[i].text for i in given]
-        return [((index, place), toy.demonstrator_order(candidates[index].query, texts))]
+        shown = pending.pop()
+        texts = [passage.text for passage in shown.passages]
+        return [(shown, toy.demonstrator_order(shown.query.query, texts))]
 
-    run_rankers(
-        [TASKS[task].ranker(len(query.passages), settings) for query in candidates],
-        lambda ticket, given: pending.append((ticket, given)), collect, orders.__setitem__,
-    )  # fmt: skip
-    ranked = [
-        replace(query, passages=tuple(query.passages[i] for i in orders[index]))
-        for index, query in enumerate(candidates)
-    ]
-    return ndcg_table(ranked, data.read_qrels(files["eval_qrels"]))["ndcg@10"]
+    ranked = rank_windows(
+        candidates, lambda n: TASKS[task].ranker(n, settings), pending.append, collect
+    )
+    return mean(per_query(ranked, trec.read_qrels(files["eval_qrels"])))["ndcg@10"]
 
 
 def well_formed(task: str, run: Path) -> float:
@@ -142,9 +140,9 @@ def measure(task: str, seed: int) -> dict:
         return json.loads((run / when / "held_out.json").read_text())[FIGURE[task]]
 
     files = toy.prepare(seed, task)
-    sampling = grpo.Settings(seed=seed, **toy.PRESET | {"draws": 3})
+    sampling = TrainSettings(seed=seed, **toy.PRESET | {"draws": 3})
     windows = TASKS[task].training_set(
-        data.read_candidates(files["eval_candidates"]), data.read_qrels(files["eval_qrels"]),
+        formats.read_candidates(files["eval_candidates"]), trec.read_qrels(files["eval_qrels"]),
         sampling,
     )  # fmt: skip
     return {

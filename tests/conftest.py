@@ -2,6 +2,7 @@
 
 import os
 import random
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,24 +10,46 @@ import torch
 import torch.distributed as dist
 from tiny_model import save_tiny_model
 
-import data
-from data import Candidates, Passage
+import rearank
+from sources import formats, trec
+from sources.formats import Candidates, Passage
 
 torch.set_num_threads(1)  # the models are tiny, and more threads only wait for each other
 DATA = Path(os.environ.get("REARANK_DATA", Path(__file__).parents[2] / "shared" / "data"))
 WORDS = "tide moon sea salt wind rain cloud sun storm wave sand rock fish boat net reef".split()
 
 
+def real(name: str) -> Path:
+    folder = DATA / name
+    if not folder.exists():
+        pytest.skip(f"no real data at {folder} (set REARANK_DATA)")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def dl19() -> tuple[Path, Path]:
     """(candidates, qrels) of TREC DL 2019."""
-    folder = DATA / "dl19"
-    if not folder.exists():
-        pytest.skip(f"no real data at {folder} (set REARANK_DATA)")
-    return folder / "candidates.bm25-top100.json", folder / "qrels.txt"
+    return real("dl19") / "candidates.bm25-top100.json", real("dl19") / "qrels.txt"
 
 
-def collection(queries: int = 6, depth: int = 9) -> tuple[list[Candidates], data.Qrels]:
+@pytest.fixture(scope="session")
+def dl21() -> tuple[Path, Path]:
+    """(candidates, qrels) of TREC DL 2021."""
+    return real("dl21") / "candidates.bm25-top100.json", real("dl21") / "qrels.txt"
+
+
+@pytest.fixture(scope="session")
+def bright() -> Path:
+    """The folder of two BRIGHT splits: run.SPLIT.txt of another retriever, qrels.SPLIT.txt."""
+    return real("bright")
+
+
+@pytest.fixture(scope="session")
+def dl19_read(dl19) -> tuple[list[Candidates], trec.Qrels]:
+    return formats.read_candidates(dl19[0]), trec.read_qrels(dl19[1])
+
+
+def collection(queries: int = 6, depth: int = 9) -> tuple[list[Candidates], trec.Qrels]:
     rng = random.Random(0)
     candidates, qrels = [], {}
     for q in range(queries):
@@ -43,8 +66,8 @@ def small(tmp_path_factory) -> tuple[Path, Path]:
     """(candidates, qrels) of a collection of 6 queries with 9 passages each."""
     folder = tmp_path_factory.mktemp("small")
     candidates, qrels = collection()
-    data.write_candidates(candidates, folder / "candidates.jsonl")
-    data.write_qrels(qrels, folder / "qrels.txt")
+    formats.write_candidates(candidates, folder / "candidates.jsonl")
+    trec.write_qrels(qrels, folder / "qrels.txt")
     return folder / "candidates.jsonl", folder / "qrels.txt"
 
 
@@ -52,8 +75,30 @@ def small(tmp_path_factory) -> tuple[Path, Path]:
 def tiny(small, tmp_path_factory) -> Path:
     """A model that answers windows of 4 in the right form, most of the time."""
     folder = tmp_path_factory.mktemp("tiny")
-    save_tiny_model(data.read_candidates(small[0]), folder, steps=120, size=4)
+    save_tiny_model(formats.read_candidates(small[0]), folder, steps=120, size=4)
     return folder
+
+
+@pytest.fixture
+def pull_the_plug():
+    """Inside pull_the_plug(n), every evaluation dies after n batches of answered windows."""
+
+    @contextmanager
+    def pulled(after: int):
+        collect, calls = rearank.Sampler.collect, []
+
+        def fail_later(self):
+            calls.append(1)
+            if len(calls) > after:
+                raise OSError("the plug is pulled")
+            return collect(self)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rearank.Sampler, "collect", fail_later)
+            with pytest.raises(SystemExit, match="the plug is pulled"):
+                yield patch
+
+    return pulled
 
 
 @pytest.fixture

@@ -27,15 +27,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import collection
 from tiny_model import save_tiny_model
 
-import data
 import evaluate
 import grpo
+from sources import formats, trec
 
 ROOT = Path(__file__).parents[1]
 STEPS = 8
 TRAIN = [
-    "--size", "4", "--draws", "4", "--steps", str(STEPS), "--batch_size", "4", "--group_size", "4",
-    "--max_new_tokens", "50", "--learning_rate", "1e-4", "--checkpoint_every", "2",
+    "--window_size", "4", "--draws", "4", "--steps", str(STEPS), "--batch_size", "4",
+    "--group_size", "4", "--max_new_tokens", "50", "--learning_rate", "1e-4",
+    "--checkpoint_every", "2",
 ]  # fmt: skip
 EVALUATE = ["--window_size", "3", "--step_size", "1", "--max_new_tokens", "50",
             "--max_in_flight", "2"]  # fmt: skip
@@ -47,8 +48,8 @@ class Bench:
     def __init__(self, folder: Path):
         self.folder, self.runs = folder, 0
         candidates, qrels = collection()
-        data.write_candidates(candidates, folder / "candidates.jsonl")
-        data.write_qrels(qrels, folder / "qrels.txt")
+        formats.write_candidates(candidates, folder / "candidates.jsonl")
+        trec.write_qrels(qrels, folder / "qrels.txt")
         assert ended(fork(partial(save_tiny_model, candidates, folder / "tiny", 120, 4))) == 0
         files = ["--model", str(folder / "tiny"), "--candidates", str(folder / "candidates.jsonl"),
                  "--qrels", str(folder / "qrels.txt")]  # fmt: skip
@@ -135,7 +136,7 @@ def result(out: Path) -> tuple:
         return (out / "run.txt").read_text(), (out / "windows.jsonl").read_text()
     weights = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    figures = [{k: v for k, v in step.items() if not k.endswith("seconds")} for step in steps]
+    figures = [{k: v for k, v in step.items() if "second" not in k} for step in steps]
     return weights, figures, (out / "responses.jsonl").read_text()
 
 

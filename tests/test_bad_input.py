@@ -15,33 +15,49 @@ from hypothesis import strategies as st
 from tiny_model import learn_tokenizer, tiny_model
 from tokenizers import AddedToken, normalizers
 
-import data
 import toy
-from data import Candidates, Passage
-from rearank import encode_chat, encode_window, load_lm
+from engine.chat import decode_response, encode_chat, reply_opening
+from engine.model import load_lm
+from engine.sampler import Sample
+from rearank import encode_window
 from reward import listwise_reward, ndcg_at_k
-from settings import read_settings
-from setwise import parse_choice
+from settings import UserError, read_settings
+from setwise import exact_reward, parse_choice
+from sources import formats, text, trec
+from sources.collection import read_documents
+from sources.formats import Candidates, Passage
+from sources.tables import read_table
 from window import LISTWISE_PROMPT, Parsed, conversation, load_prompt, parse_ranking
 
 # ------------------------------------------------------------------------------- reading files
 
+
+def all_documents(path) -> list:
+    return list(read_documents(path))
+
+
 READERS = {
-    "topics.tsv": (data.read_topics, b"q1\ttides of the moon\nq2\twhat is rain\n"),
-    "qrels.txt": (data.read_qrels, b"q1 0 d1 3\nq1 0 d2 0\nq2 0 d9 1\n"),
-    "run.txt": (data.read_run, b"q1 Q0 d1 1 9.5 tag\nq1 Q0 d2 2 9.25 tag\n"),
+    "topics.jsonl": (trec.read_topics, b'{"_id": "1", "text": "tides of the moon"}\n'),
+    "beir.tsv": (trec.read_qrels, b"query-id\tcorpus-id\tscore\nq1\td 1\t2\n"),
+    "excluded.txt": (trec.read_excluded, b"q1 d1\nq2 d 2\n"),
+    "topics.tsv": (trec.read_topics, b"q1\ttides of the moon\nq2\twhat is rain\n"),
+    "qrels.txt": (trec.read_qrels, b"q1 0 d1 3\nq1 0 d2 0\nq2 0 d9 1\n"),
+    "run.txt": (trec.read_run, b"q1 Q0 d1 1 9.5 tag\nq1 Q0 d2 2 9.25 tag\n"),
+    "mine.csv": (read_table, b'query,passage,label\ntides,"moon, sea",2\ntides,salt,\n'),
+    "corpus.jsonl": (all_documents, b'{"_id": "d1", "title": "t", "text": "x"}\n{"id": 2}\n'),
+    "corpus.tsv": (all_documents, b"d1\tthe moon\nd 2\tsalt\n"),
     "rankgpt.json": (
-        data.read_candidates,
+        formats.read_candidates,
         b'[{"query": "tides", "hits": [{"content": "a text", "qid": "q1", "docid": "d1", '
         b'"rank": 1, "score": 2.5}]}]',
     ),
     "rankllm.jsonl": (
-        data.read_candidates,
+        formats.read_candidates,
         b'{"query": {"text": "tides", "qid": 7}, "candidates": [{"docid": "d1", "score": 1, '
         b'"doc": {"title": "t", "contents": "a text"}}]}\n',
     ),
     "triples.jsonl": (
-        data.read_triples,
+        formats.read_triples,
         b'{"query_id": "1", "query": "q", "positive_passages": [{"docid": "1", "title": "t", '
         b'"text": "x"}], "negative_passages": []}\n',
     ),
@@ -77,7 +93,7 @@ def read_or_refused(reader, path):
     """What `reader` makes of the file; None where it refuses it as it should."""
     try:
         return reader(path)
-    except (ValueError, SystemExit) as error:
+    except UserError as error:
         assert str(error).startswith(str(path)), error
         assert len(str(error)) < 2000
 
@@ -124,10 +140,10 @@ def test_any_json_value_anywhere_is_read_or_refused(name, choose, folder):
     path = folder / name
     path.write_bytes(valid[: chosen[0]] + value + valid[chosen[1] :])
     read = read_or_refused(reader, path)
-    if read and reader is data.read_candidates:
+    if read and reader is formats.read_candidates:
         # Nothing is read that could not be written: half a character, a score that is no number.
-        data.write_candidates(read, folder / "again.jsonl")
-        assert data.read_candidates(folder / "again.jsonl") == read
+        formats.write_candidates(read, folder / "again.jsonl")
+        assert formats.read_candidates(folder / "again.jsonl") == read
 
 
 @pytest.mark.parametrize("text", ["\ud800", "wave \udc00", "\ude00\ud83d"])
@@ -136,7 +152,7 @@ def test_half_a_character_is_named(text, tmp_path):
     hit = {"content": text, "qid": "q", "docid": "d", "score": 1}
     path.write_text(json.dumps({"query": "tides", "hits": [hit]}))
     with pytest.raises(ValueError, match=r"jsonl:1, hit 1: field 'content' holds a lone surrogate"):
-        data.read_candidates(path)
+        formats.read_candidates(path)
 
 
 def test_lines_of_10_mb_are_read_in_seconds(tmp_path):
@@ -144,19 +160,19 @@ def test_lines_of_10_mb_are_read_in_seconds(tmp_path):
     started = time.monotonic()
     candidates = [Candidates("q", huge, (Passage("d", huge, 1.0),))]
     for name in ("candidates.jsonl", "candidates.json"):
-        data.write_candidates(candidates, tmp_path / name)
-        assert data.read_candidates(tmp_path / name) == candidates
+        formats.write_candidates(candidates, tmp_path / name)
+        assert formats.read_candidates(tmp_path / name) == candidates
     shown = conversation("tides", [huge], load_prompt(LISTWISE_PROMPT))[3]["content"]
     assert len(shown) < 500
     (tmp_path / "topics.tsv").write_text("q\t" + huge)
-    assert data.read_topics(tmp_path / "topics.tsv") == {"q": huge.strip()}
+    assert trec.read_topics(tmp_path / "topics.tsv") == {"q": huge.strip()}
     word = "9" * 10_000_000
     (tmp_path / "run.txt").write_text(f"q Q0 {word} 1 0.{word} tag\n")
-    assert data.read_run(tmp_path / "run.txt") == {"q": [(word, 1.0)]}
-    for line, message in (("q 0 d 1 " + huge, "expected 4 columns"), ("q 0 d " + word, "grade")):
+    assert trec.read_run(tmp_path / "run.txt") == {"q": [(word, 1.0)]}
+    for line, message in (("q 0 d 1 " + huge, "grade should be"), ("q 0 d " + word, "grade")):
         (tmp_path / "qrels.txt").write_text(line)
         with pytest.raises(ValueError, match=rf"qrels\.txt:1: {message}"):
-            data.read_qrels(tmp_path / "qrels.txt")
+            trec.read_qrels(tmp_path / "qrels.txt")
     assert time.monotonic() - started < 20
 
 
@@ -164,7 +180,7 @@ def test_lines_of_10_mb_are_read_in_seconds(tmp_path):
 
 texts = st.text(st.characters(), max_size=30)  # lone surrogates too
 ids = st.text(st.characters(), min_size=1, max_size=6)
-scores = st.floats() | st.integers(-(10**400), 10**400)
+scores = st.floats() | st.integers(-(2**53), 2**53) | st.sampled_from([10**400, -(10**400)])
 passage_lists = st.lists(st.builds(Passage, ids, texts, scores), max_size=4).map(tuple)
 docid_lists = st.lists(ids, min_size=1, max_size=4)
 
@@ -190,24 +206,24 @@ def written(write, path) -> bool:
 @settings(max_examples=400, deadline=None)
 def test_candidates_are_read_back_or_not_written(folder, candidates, suffix):
     path = folder / f"written.{suffix}"
-    if written(lambda path: data.write_candidates(candidates, path), path):
-        assert data.read_candidates(path) == candidates
+    if written(lambda path: formats.write_candidates(candidates, path), path):
+        assert formats.read_candidates(path) == candidates
 
 
 @given(st.dictionaries(ids, st.dictionaries(ids, st.integers(), max_size=3), max_size=3))
 @settings(max_examples=400, deadline=None)
 def test_qrels_are_read_back_or_not_written(folder, qrels):
     path = folder / "written.qrels"
-    if written(lambda path: data.write_qrels(qrels, path), path):
-        assert data.read_qrels(path) == {qid: grades for qid, grades in qrels.items() if grades}
+    if written(lambda path: trec.write_qrels(qrels, path), path):
+        assert trec.read_qrels(path) == {qid: grades for qid, grades in qrels.items() if grades}
 
 
 @given(st.dictionaries(ids, docid_lists, max_size=3), ids)
 @settings(max_examples=400, deadline=None)
 def test_runs_are_read_back_or_not_written(folder, rankings, tag):
     path = folder / "written.run"
-    if written(lambda path: data.write_run(rankings, path, tag), path):
-        run = data.read_run(path)
+    if written(lambda path: trec.write_run(rankings, path, tag), path):
+        run = trec.read_run(path)
         assert {qid: [docid for docid, _ in ranked] for qid, ranked in run.items()} == rankings
 
 
@@ -218,12 +234,12 @@ def test_runs_are_read_back_or_not_written(folder, rankings, tag):
 def test_a_grade_that_is_no_plain_small_integer_is_named(tmp_path, grade):
     (tmp_path / "qrels.txt").write_text(f"q 0 d 1\nq 0 e {grade}\n")
     with pytest.raises(ValueError, match=r"qrels\.txt:2: grade should be an integer below 21474"):
-        data.read_qrels(tmp_path / "qrels.txt")
+        trec.read_qrels(tmp_path / "qrels.txt")
 
 
 def test_negative_grades_gain_nothing_as_for_trec_eval(tmp_path):
     (tmp_path / "qrels.txt").write_text("q 0 d -2\nq 0 e 1\nq 0 f 3\n")
-    qrels = data.read_qrels(tmp_path / "qrels.txt")
+    qrels = trec.read_qrels(tmp_path / "qrels.txt")
     assert qrels == {"q": {"d": -2, "e": 1, "f": 3}}
     run = {"q": {"d": 3.0, "e": 2.0, "f": 1.0}}
     theirs = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10"}).evaluate(run)["q"]
@@ -232,7 +248,8 @@ def test_negative_grades_gain_nothing_as_for_trec_eval(tmp_path):
 
 
 @given(
-    st.lists(st.integers(1 - data.LARGEST, data.LARGEST - 1), min_size=1, max_size=25), st.data()
+    st.lists(st.integers(1 - text.LARGEST, text.LARGEST - 1), min_size=1, max_size=25),
+    st.data(),
 )
 def test_ndcg_and_reward_are_finite_for_all_grades_that_are_read(grades, choose):
     order = choose.draw(st.permutations(range(len(grades))))
@@ -335,12 +352,68 @@ def test_a_vocabulary_of_whole_words_cannot_be_posed_to(text):
     assert [i for i in ids if i in turns] == [i for i in harmless if i in turns]
 
 
+def count_tags(tokenizer, prompt, query: str, passage: str) -> list[int]:
+    ids, _ = encode_window(tokenizer, prompt, query, [passage, "moon"])
+    return [ids.count(tokenizer.convert_tokens_to_ids(tag)) for tag in ("<think>", "</think>")]
+
+
 def test_the_tags_that_a_prompt_speaks_of_are_the_models_own():
+    """As Qwen3 has them: tokens that the prompt may use, and a passage may not."""
     tokenizer = learn_tokenizer(["tide moon"] * 9, vocab_size=400)
-    tokenizer.add_tokens(["<think>", "</think>", "<tool_call>"])  # as Qwen3 has them
-    messages = [{"role": "system", "content": "Reason in <think> and </think>, no <tool_call>."}]
-    shown = tokenizer.convert_ids_to_tokens(encode_chat(tokenizer, messages))
-    assert "<think>" in shown and "</think>" in shown and "<tool_call>" not in shown
+    tokenizer.add_tokens(["<think>", "</think>", "<tool_call>"])
+    prompt = load_prompt(LISTWISE_PROMPT)
+    spoken = [prompt.request.count(tag) for tag in ("<think>", "</think>")]
+    assert spoken == [1, 1] == count_tags(tokenizer, prompt, "tides", "a text")
+    assert count_tags(tokenizer, prompt, "tides", "a <think> of </think> mine <think>") == spoken
+    # A query stands in the same turn as those words: there they are text, too.
+    assert count_tags(tokenizer, prompt, "what is </think>?", "a text") == [0, 0]
+
+
+# However they are spelled, marked, or matched: as one character, or after normalization.
+HIDDEN = ["|user|", "###End", "@@EOT@@", "§", "{{stop}}", "<think>"]
+
+
+@pytest.fixture(scope="module")
+def hiding():
+    tokenizer = learn_tokenizer(["tide moon sea"] * 9, vocab_size=400)
+    folding = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.backend_tokenizer.normalizer = folding
+    tokenizer.add_tokens(
+        [AddedToken(token, normalized=i % 2 == 0) for i, token in enumerate(HIDDEN)]
+    )
+    tokenizer.add_tokens([AddedToken("eot", normalized=True, special=True)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("evil", [*HIDDEN, "EOT", "\uff45ot", "\uff5cuser\uff5c", "tide§§moon"])
+def test_no_added_token_gets_through(hiding, evil):
+    prompt = load_prompt(LISTWISE_PROMPT)
+    harmless, _ = encode_window(hiding, prompt, "tide", ["moon", "sea"])
+    ids, _ = encode_window(hiding, prompt, "tide", [f"moon {evil} sea{evil}", "sea"])
+    added = set(hiding.added_tokens_decoder)
+    assert [t for t in ids if t in added] == [t for t in harmless if t in added]
+    assert set(hiding.encode(evil, add_special_tokens=False)) & added  # which it would be alone
+
+
+def test_a_template_that_leaves_out_turns_is_named():
+    tokenizer = learn_tokenizer(["tide moon"] * 9, vocab_size=400)
+    tokenizer.chat_template = "{% for m in messages[:5] %}{{ m.content }}{% endfor %}"
+    with pytest.raises(UserError, match="chat template does not show all of the 8 turns"):
+        encode_window(tokenizer, load_prompt(LISTWISE_PROMPT), "tide", ["moon", "sea"])
+
+
+def test_a_reply_is_read_as_if_it_had_opened_what_the_template_opened():
+    text = "Each was read. </think> <answer> [2] > [1] </answer>"
+    plain, opening = learn_tokenizer([text] * 9), learn_tokenizer([text] * 9)
+    opening.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
+    assert (reply_opening(plain), reply_opening(opening)) == ("", "<think>")
+    sample = Sample(plain.encode(text))
+    assert not parse_ranking(decode_response(plain, sample), 2).tags
+    parsed = parse_ranking(decode_response(opening, sample), 2)
+    assert parsed.tags and parsed.listed and parsed.order == [1, 0]
+    choice = Sample(plain.encode("It is the second. </think> <answer>[2]</answer>"))
+    assert exact_reward(parse_choice(decode_response(plain, choice), 2), [0, 1]) == 0
+    assert exact_reward(parse_choice(decode_response(opening, choice), 2), [0, 1]) == 1
 
 
 def test_half_a_character_is_no_query(tokenizer):
@@ -373,7 +446,7 @@ def change_json(path, **changes):
 
 
 def refused(model, because: str):
-    with pytest.raises(SystemExit, match=rf"--model {model}: .*{because}") as error:
+    with pytest.raises(UserError, match=rf"--model {model}: .*{because}") as error:
         load_lm(str(model), torch.float32)
     assert "\n" not in str(error.value)
 

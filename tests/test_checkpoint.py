@@ -10,14 +10,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from test_grpo import GROUPS, metrics, rollouts_of, run_grpo
-from test_shared_prompt import tiny_lm
+from test_packed import tiny_lm
 
-import checkpoint
 import grpo
-import lora
-from grpo import Settings
-from parallel import shard
-from shared_prompt import Policy
+from engine import checkpoint, lora, run
+from engine.files import append_lines
+from engine.packed import Policy, pack_row, response_logprobs
+from engine.parallel import shard
+from settings import TrainSettings, UserError
 
 SETTINGS = {"learning_rate": 0.01, "seed": 3}
 
@@ -31,7 +31,7 @@ def trainer(steps: int = 0, lm=None, rank: int = 0):
     """A policy and its optimizer, after so many updates."""
     lm = lm or tiny_lm()
     if rank:
-        lora.add_adapter(lm, rank, 2 * rank, seed=0)
+        lora.add_fresh(lm, rank, 2 * rank, seed=0)
     policy = shard(Policy(lm), torch.device("cpu"))
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, 0.01)
@@ -41,9 +41,7 @@ def trainer(steps: int = 0, lm=None, rank: int = 0):
 
 
 def update(policy, optimizer) -> None:
-    grpo.update(
-        policy, None, optimizer, rollouts_of(GROUPS), Settings(beta=0.0), torch.device("cpu")
-    )
+    grpo.update(policy, None, optimizer, rollouts_of(GROUPS), TrainSettings(beta=0.0))
 
 
 def weights(policy) -> list[torch.Tensor]:
@@ -172,21 +170,21 @@ def test_what_cannot_be_written_leaves_the_old_one(monkeypatch, tmp_path):
 
 
 def test_logs_are_cut_to_the_steps_that_stay(tmp_path):
-    for name in checkpoint.LOGS:
-        checkpoint.append(tmp_path / name, [{"step": i, "text": "\u2028é"} for i in (0, 0, 1, 2)])
+    for name in run.LOGS:
+        append_lines(tmp_path / name, [{"step": i, "text": "\u2028é"} for i in (0, 0, 1, 2)])
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write(b'{"step": 3, "tex')  # killed there
-    checkpoint.cut_logs(tmp_path, 2)
-    for name in checkpoint.LOGS:
+    run.cut_logs(tmp_path, 2)
+    for name in run.LOGS:
         lines = (tmp_path / name).read_text().split("\n")
         assert [json.loads(line)["step"] for line in lines[:-1]] == [0, 0, 1]
 
 
 def test_a_run_goes_on_with_another_number_of_processes(small, tiny, tmp_path):
     flags = [
-        "--model", tiny, "--candidates", small[0], "--qrels", small[1], "--size", 4, "--draws", 4,
-        "--batch_size", 4, "--group_size", 4, "--max_new_tokens", 50, "--learning_rate", 1e-3,
-        "--checkpoint_every", 1,
+        "--model", tiny, "--candidates", small[0], "--qrels", small[1], "--window_size", 4,
+        "--draws", 4, "--batch_size", 4, "--group_size", 4, "--max_new_tokens", 50,
+        "--learning_rate", 1e-3, "--checkpoint_every", 1,
     ]  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for out, steps, processes in ((whole, 3, 0), (parts, 2, 2), (parts, 3, 0)):
@@ -197,3 +195,26 @@ def test_a_run_goes_on_with_another_number_of_processes(small, tiny, tmp_path):
     for one, other in zip(metrics(whole), metrics(parts), strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-3, abs=1e-6)
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
+def test_what_a_pass_has_gathered_is_given_back_before_it_is_saved(tmp_path):
+    """As where a signal comes while pi_old is written down: the embeddings, the norm and the head
+    stood in for others then, and their moments were not found."""
+    first = trainer(2)
+    with torch.no_grad():
+        first[0](response_logprobs, pack_row(GROUPS))
+    save(tmp_path, first, 2)
+    second = trainer()
+    assert checkpoint.resume(tmp_path, *second, SETTINGS)["step"] == 2
+    for state in (first, second):
+        update(*state)
+    assert all(torch.equal(a, b) for a, b in zip(weights(first[0]), weights(second[0])))
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    policy, optimizer = trainer(1)
+    save(tmp_path, (policy, optimizer), 1)
+    next(policy.parameters()).data.to_local()[0, 0] = float("nan")
+    with pytest.raises(UserError, match=r"step-000002 is not written: .*embed_tokens.* not finite"):
+        save(tmp_path, (policy, optimizer), 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]

@@ -13,17 +13,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_shared_prompt import naive_logprobs, tiny_lm
+from test_packed import naive_logprobs, tiny_lm
 from tiny_model import save_tiny_model
 from transformers import AutoModelForCausalLM
 
-import data
+import batches
 import grpo
 import rollout
-from grpo import Settings, batch_at, group_advantages, k3, micro_batches, policy_loss
-from parallel import Interrupted, shard
+from batches import micro_batches
+from data import batch_at
+from engine import model
+from engine.packed import Group, Policy
+from engine.parallel import Interrupted, shard
+from engine.sampler import Sample
+from grpo import group_advantages, k3, policy_loss
 from rollout import Rollout
-from shared_prompt import Group, Policy, Sample
+from settings import TrainSettings, UserError
+from sources import formats, trec
 from tasks import TASKS
 from window import load_prompt
 
@@ -73,7 +79,7 @@ def test_loss_is_the_formula(average, beta, seed):
     advantages = rng.normal(size=6)
     mask = np.arange(9) < rng.integers(1, 10, (6, 1))
     t = [torch.tensor(x, dtype=torch.float32) for x in (new, old, ref, advantages)]
-    got = policy_loss(*t, torch.tensor(mask), 0.2, beta, average)
+    got = policy_loss(*t, torch.tensor(mask), 0.2, beta, average).loss
     expected = expected_loss(new, old, ref, advantages, mask, 0.2, beta, average)
     assert float(got) == pytest.approx(expected, rel=1e-5, abs=1e-6)
     ratio = np.exp(new - old)[mask]
@@ -85,7 +91,7 @@ def test_on_policy_gradient_is_the_policy_gradient():
     logprobs = torch.randn(3, 4, requires_grad=True)
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]]).bool()
     advantages = torch.tensor([1.0, -2.0, 0.5])
-    policy_loss(logprobs, logprobs.detach(), None, advantages, mask, 0.2, 0.0).backward()
+    policy_loss(logprobs, logprobs.detach(), None, advantages, mask, 0.2, 0.0).loss.backward()
     expected = -(advantages / mask.sum(1) / 3)[:, None] * mask
     torch.testing.assert_close(logprobs.grad, expected)
 
@@ -95,7 +101,7 @@ def test_clipping_stops_the_gradient_only_where_it_would_go_further():
     logprobs = torch.tensor([[0.5], [0.5], [-0.5], [-0.5]], requires_grad=True)
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
     mask = torch.ones(4, 1, dtype=torch.bool)
-    policy_loss(logprobs, old, None, advantages, mask, 0.2, 0.0).backward()
+    policy_loss(logprobs, old, None, advantages, mask, 0.2, 0.0).loss.backward()
     assert (logprobs.grad[:, 0] != 0).tolist() == [False, True, True, False]
 
 
@@ -122,9 +128,9 @@ def rollouts_of(groups: list[Group], seed: int = 0) -> list[Rollout]:
     return [
         Rollout(
             place=place,
-            instance=None,
+            window=None,
             prompt=group.prompt,
-            samples=[Sample(list(r)) for r in group.responses],
+            samples=[Sample(list(r), [-1.0] * len(r)) for r in group.responses],
             parsed=[],
             rewards=None,
             advantages=torch.randn(len(group.responses), generator=rng),
@@ -144,11 +150,10 @@ GROUPS = [
 def weights_after_one_step(rollouts, optimizer=torch.optim.SGD, lr=1e-3, **changes):
     policy = shard(Policy(tiny_lm()), torch.device("cpu"))
     reference = shard(Policy(tiny_lm(1).requires_grad_(False)), torch.device("cpu"))
-    settings = Settings(**({"beta": 0.1, "max_grad_norm": 1e9, "temperature": 0.8} | changes))
+    settings = TrainSettings(**({"beta": 0.1, "max_grad_norm": 1e9, "temperature": 0.8} | changes))
     step = optimizer(policy.parameters(), lr)
-    stats, _ = grpo.update(
-        policy, reference if settings.beta else None, step, rollouts, settings, torch.device("cpu")
-    )
+    reference = reference if settings.beta else None
+    stats, _ = grpo.update(policy, reference, step, rollouts, settings)
     return [p.full_tensor().detach() for p in policy.parameters()], stats
 
 
@@ -163,13 +168,36 @@ def test_the_step_is_the_gradient_of_the_whole_batch(process_group, average):
     lengths = torch.tensor([len(r) for g in GROUPS for r in g.responses])
     mask = torch.arange(new.shape[1]) < lengths[:, None]
     advantages = torch.cat([r.advantages for r in rollouts])
-    policy_loss(new, new.detach(), ref, advantages, mask, 0.2, 0.1, average).backward()
+    policy_loss(new, new.detach(), ref, advantages, mask, 0.2, 0.1, average).loss.backward()
     expected = [p.detach() - 1e-3 * p.grad for p in lm.parameters()]
     got, stats = weights_after_one_step(rollouts, average=average)
     for a, b in zip(expected, got):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
     norm = torch.stack([p.grad.norm() for p in lm.parameters()]).norm()
     assert stats["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+
+
+@pytest.mark.parametrize("max_tokens", [9, 10**6])
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_mismatch_of_update_and_sampling_is_measured(process_group, n, max_tokens):
+    rollouts = rollouts_of(GROUPS)
+    exact = naive_logprobs(tiny_lm(), GROUPS, 0.8)
+    responses = iter(exact)
+    for group in rollouts:
+        for i, sample in enumerate(group.samples):
+            logprobs = next(responses)[: len(sample.tokens)].tolist()
+            # Every second response was sampled from something else.
+            sample.logprobs = [x - 0.5 * (i % 2) for x in logprobs]
+    tokens = [len(s.tokens) for r in rollouts for s in r.samples]
+    off = [len(s.tokens) for r in rollouts for s in r.samples[1::2]]
+    _, stats = weights_after_one_step(
+        rollouts, updates_per_batch=n, max_tokens_per_micro_batch=max_tokens
+    )
+    assert stats["mismatch_max"] == pytest.approx(0.5, abs=1e-4)
+    if n == 1:
+        assert stats["mismatch"] == pytest.approx(0.5 * sum(off) / sum(tokens), rel=1e-3)
+    else:
+        assert 0 < stats["mismatch"] < 0.5
 
 
 @pytest.mark.parametrize("average", ["sequence", "token"])
@@ -206,7 +234,7 @@ def test_groups_of_equal_rewards_cost_nothing(process_group):
     """They are no part of any row, but of the mean: as if they were there, with no gradient."""
     rollouts = rollouts_of(GROUPS)
     rollouts[1].advantages = torch.zeros(3)
-    rows = grpo.my_share(rollouts, 10**6, torch.device("cpu"))
+    rows = batches.my_share(Policy(tiny_lm()), rollouts, 10**6)
     assert [r.place for micro in rows for r in micro.rollouts] == [0, 2, 3]
     with_it, _ = weights_after_one_step(rollouts, beta=0.0)
     lm = tiny_lm()
@@ -214,7 +242,7 @@ def test_groups_of_equal_rewards_cost_nothing(process_group):
     lengths = torch.tensor([len(r) for g in GROUPS for r in g.responses])
     mask = torch.arange(new.shape[1]) < lengths[:, None]
     advantages = torch.cat([r.advantages for r in rollouts])
-    policy_loss(new, new.detach(), None, advantages, mask, 0.2, 0.0).backward()
+    policy_loss(new, new.detach(), None, advantages, mask, 0.2, 0.0).loss.backward()
     for p, got in zip(lm.parameters(), with_it):
         torch.testing.assert_close(p.detach() - 1e-3 * p.grad, got, rtol=0, atol=1e-7)
 
@@ -234,8 +262,8 @@ def test_an_update_that_is_not_finite_is_skipped_and_named(process_group, n):
     rollouts[2].advantages[1] = float("nan")
     policy = shard(Policy(tiny_lm()), torch.device("cpu"))
     step = torch.optim.AdamW(policy.parameters(), 0.1)
-    settings = Settings(beta=0.0, updates_per_batch=n, max_tokens_per_micro_batch=20)
-    stats, offenders = grpo.update(policy, None, step, rollouts, settings, torch.device("cpu"))
+    settings = TrainSettings(beta=0.0, updates_per_batch=n, max_tokens_per_micro_batch=20)
+    stats, offenders = grpo.update(policy, None, step, rollouts, settings)
     # Of two updates, the one without it is made.
     moved = any((a.full_tensor() != b).any() for a, b in
                 zip(policy.parameters(), tiny_lm().parameters()))  # fmt: skip
@@ -250,9 +278,7 @@ def test_a_gradient_that_overflows_is_skipped_too(process_group):
     rollouts[0].advantages *= 1e38  # the loss is still finite
     policy = shard(Policy(tiny_lm()), torch.device("cpu"))
     step = torch.optim.AdamW(policy.parameters(), 0.1)
-    stats, offenders = grpo.update(
-        policy, None, step, rollouts, Settings(beta=0.0), torch.device("cpu")
-    )
+    stats, offenders = grpo.update(policy, None, step, rollouts, TrainSettings(beta=0.0))
     assert stats["skipped_updates"] == 1 and len(offenders) == len(GROUPS)
     assert all(torch.equal(a.full_tensor(), b) for a, b in
                zip(policy.parameters(), tiny_lm().parameters()))  # fmt: skip
@@ -262,12 +288,14 @@ def test_a_signal_before_the_first_step_leaves_the_weights_alone(process_group):
     policy = shard(Policy(tiny_lm()), torch.device("cpu"))
     step = torch.optim.AdamW(policy.parameters(), 0.1)
     asked = iter([False, True])
+
+    def check() -> None:
+        if next(asked):
+            raise Interrupted
+
     with pytest.raises(Interrupted):
-        settings = Settings(beta=0.0, max_tokens_per_micro_batch=9)
-        grpo.update(
-            policy, None, step, rollouts_of(GROUPS), settings, torch.device("cpu"),
-            interrupted=lambda: next(asked),
-        )  # fmt: skip
+        settings = TrainSettings(beta=0.0, max_tokens_per_micro_batch=9)
+        grpo.update(policy, None, step, rollouts_of(GROUPS), settings, check)
     for got, before in zip(policy.parameters(), tiny_lm().parameters()):
         assert got.grad is None and torch.equal(got.full_tensor(), before)
 
@@ -314,9 +342,10 @@ def run_grpo(*flags, processes: int = 0) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def flags(small, tiny):
     return [
-        "--model", tiny, "--candidates", small[0], "--qrels", small[1], "--size", 4,
+        "--model", tiny, "--candidates", small[0], "--qrels", small[1], "--window_size", 4,
         "--draws", 4, "--steps", 3, "--batch_size", 4, "--group_size", 4, "--max_new_tokens", 50,
         "--learning_rate", 1e-3, "--eval_candidates", small[0], "--eval_qrels", small[1],
+        "--allow_overlap", "true",
     ]  # fmt: skip
 
 
@@ -338,9 +367,13 @@ def test_a_run_writes_what_it_did(trained, tiny):
     assert [m["step"] for m in steps] == [0, 1, 2]
     assert {"reward", "ndcg", "length", "kl", "clip_fraction", "loss", "grad_norm"} <= set(steps[0])
     assert steps[0]["kl"] == 0 < steps[2]["kl"] and steps[0]["grad_norm"] > 0
-    responses = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
-    assert len(responses) == 3 * 4 and "<think>" in "".join(r["response"] for r in responses)
-    assert len({r["reward"] for r in responses}) > 1
+    groups = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
+    assert {group["step"] for group in groups} == {0, 1, 2}
+    assert all(len(group["passages"]) == 4 == len(group["rewards"]) for group in groups)
+    responses = [response for group in groups for response in group["responses"]]
+    assert "<think>" in "".join(response["response"] for response in responses)
+    assert len({response["reward"] for response in responses}) > 1
+    assert "3 of 3" in (out / "report.html").read_text()
     assert "held-out nDCG@10" in done.stdout and "steps: 100%" in done.stderr
     before, after = (AutoModelForCausalLM.from_pretrained(d) for d in (tiny, out))
     assert any((a != b).any() for a, b in zip(before.parameters(), after.parameters()))
@@ -368,7 +401,7 @@ def test_any_number_of_processes_trains_alike(trained, flags, tmp_path, processe
     for name in ("responses.jsonl", "before/windows.jsonl", "after/windows.jsonl"):
         assert (tmp_path / name).read_text() == (out / name).read_text(), name
     for one, many in zip(metrics(out), metrics(tmp_path), strict=True):
-        for name in one.keys() - {"sample_seconds", "update_seconds"}:
+        for name in one.keys() - {"sample_seconds", "update_seconds", "tokens_per_second"}:
             assert many[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
     a, b = (AutoModelForCausalLM.from_pretrained(d) for d in (out, tmp_path))
     for x, y in zip(a.parameters(), b.parameters()):
@@ -377,14 +410,14 @@ def test_any_number_of_processes_trains_alike(trained, flags, tmp_path, processe
 
 def test_tied_embeddings_stay_one_tensor(small, tmp_path):
     """As in the smaller models of the Qwen2.5 family: the head is the input embeddings."""
-    candidates = data.read_candidates(small[0])
+    candidates = formats.read_candidates(small[0])
     save_tiny_model(candidates, tmp_path / "tied", 120, 4, tie_word_embeddings=True)
     trained = []
     for processes in (0, 2):
         out = tmp_path / f"out{processes}"
         done = run_grpo(
             "--model", tmp_path / "tied", "--candidates", small[0], "--qrels", small[1],
-            "--size", 4, "--steps", 2, "--batch_size", 4, "--group_size", 4,
+            "--window_size", 4, "--steps", 2, "--batch_size", 4, "--group_size", 4,
             "--max_new_tokens", 50, "--learning_rate", 1e-3, "--output_dir", out,
             processes=processes,
         )  # fmt: skip
@@ -397,12 +430,14 @@ def test_tied_embeddings_stay_one_tensor(small, tmp_path):
 
 def test_without_beta_no_reference_is_loaded(monkeypatch, flags, tmp_path):
     loaded = []
-    load_lm = grpo.load_lm
-    monkeypatch.setattr(grpo, "load_lm", lambda *args: loaded.append(args) or load_lm(*args))
+    load_lm = model.load_lm
+    monkeypatch.setattr(
+        model, "load_lm", lambda *args, **how: loaded.append(args) or load_lm(*args, **how)
+    )
     tiny, candidates, qrels = (str(flags[i]) for i in (1, 3, 5))
-    config = Settings(
-        model=tiny, candidates=candidates, qrels=qrels, size=4, draws=2, steps=1, batch_size=2,
-        group_size=2, max_new_tokens=20, beta=0.0, output_dir=str(tmp_path / "a"),
+    config = TrainSettings(
+        model=tiny, candidates=candidates, qrels=qrels, window_size=4, draws=2, steps=1,
+        batch_size=2, group_size=2, max_new_tokens=20, beta=0.0, output_dir=str(tmp_path / "a"),
     )  # fmt: skip
     grpo.train(config)
     assert len(loaded) == 1
@@ -410,25 +445,25 @@ def test_without_beta_no_reference_is_loaded(monkeypatch, flags, tmp_path):
     assert len(loaded) == 3
 
 
-def quick(small, tiny, out, **changes) -> Settings:
+def quick(small, tiny, out, **changes) -> TrainSettings:
     defaults = {
-        "size": 4, "draws": 2, "steps": 2, "batch_size": 3, "group_size": 3, "max_new_tokens": 20,
-        "beta": 0.0, "checkpoint_every": 1,
+        "window_size": 4, "draws": 2, "steps": 2, "batch_size": 3, "group_size": 3,
+        "max_new_tokens": 20, "beta": 0.0, "checkpoint_every": 1,
     }  # fmt: skip
     files = {"model": str(tiny), "candidates": str(small[0]), "qrels": str(small[1])}
-    return Settings(**files | defaults | changes, output_dir=str(out))
+    return TrainSettings(**files | defaults | changes, output_dir=str(out))
 
 
 def test_training_stops_where_too_many_updates_are_not_finite(monkeypatch, small, tiny, tmp_path):
     monkeypatch.setattr(rollout, "score", lambda task, parsed, *_: [1.0, 2.0, float("nan")])
-    with pytest.raises(SystemExit, match=r"3 updates .*skipped\.jsonl"):
+    with pytest.raises(UserError, match=r"3 updates .*skipped\.jsonl"):
         grpo.train(quick(small, tiny, tmp_path, steps=9, max_skipped=2))
     assert [m["skipped_updates"] for m in metrics(tmp_path)] == [1, 1, 1]
     offenders = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert {line["step"] for line in offenders} == {0, 1, 2}
     assert all("<|im_start|>" in line["prompt"] and line["responses"] for line in offenders)
     # It is counted over the whole run, whatever went between.
-    with pytest.raises(SystemExit, match="4 updates"):
+    with pytest.raises(UserError, match="4 updates"):
         grpo.train(quick(small, tiny, tmp_path, steps=9, max_skipped=3))
 
 
@@ -436,9 +471,10 @@ def test_training_stops_where_too_many_updates_are_not_finite(monkeypatch, small
 def test_equal_groups_are_sampled_again(monkeypatch, small, tiny, tmp_path, resample):
     asked = []
 
-    def score(task, parsed, instance, settings):
-        asked.append(instance.qid)
-        return [1.0] * 3 if instance.qid < "q4" else [0.0, 1.0, 2.0]
+    def score(task, parsed, window, settings):
+        if settings.weights != [1.0, 0.0, 0.0]:  # so r_rank is asked for, once more and for the log
+            asked.append(window.qid)
+        return [1.0] * 3 if window.qid < "q4" else [0.0, 1.0, 2.0]
 
     monkeypatch.setattr(rollout, "score", score)
     grpo.train(quick(small, tiny, tmp_path, steps=3, resample=resample))
@@ -470,7 +506,7 @@ def test_the_export_says_how_it_was_trained(trained):
 
 
 def test_setwise_trains_on_triples(small, tiny, tmp_path):
-    candidates, qrels = data.read_candidates(small[0]), data.read_qrels(small[1])
+    candidates, qrels = formats.read_candidates(small[0]), trec.read_qrels(small[1])
     with open(tmp_path / "triples.jsonl", "w") as file:
         for query in candidates:
             split = {True: [], False: []}
@@ -484,10 +520,11 @@ def test_setwise_trains_on_triples(small, tiny, tmp_path):
                 "negative_passages": split[False],
             }
             file.write(json.dumps(record) + "\n")
-    settings = Settings(
-        task="setwise", model=str(tiny), triples=str(tmp_path / "triples.jsonl"), size=4, draws=2,
-        steps=2, batch_size=2, group_size=3, max_new_tokens=30, reward="graded",
+    settings = TrainSettings(
+        task="setwise", model=str(tiny), triples=str(tmp_path / "triples.jsonl"), window_size=4,
+        draws=2, steps=2, batch_size=2, group_size=3, max_new_tokens=30, reward="graded",
         eval_candidates=str(small[0]), eval_qrels=str(small[1]), output_dir=str(tmp_path / "out"),
+        allow_overlap=True,
     )  # fmt: skip
     grpo.train(settings)
     assert [m["step"] for m in metrics(tmp_path / "out")] == [0, 1]
@@ -496,19 +533,22 @@ def test_setwise_trains_on_triples(small, tiny, tmp_path):
 
 
 def test_what_would_fail_in_the_middle_of_a_run_fails_before_it(small, tiny, tmp_path):
-    with pytest.raises(SystemExit, match="exceed the model's 8192 positions"):
+    with pytest.raises(UserError, match="exceed the model's 8192 positions"):
         grpo.train(quick(small, tiny, tmp_path, max_new_tokens=8192))
-    with pytest.raises(SystemExit, match=r"--prompt .*nowhere\.toml"):
+    with pytest.raises(UserError, match=r"--prompt .*nowhere\.toml"):
         grpo.train(quick(small, tiny, tmp_path, prompt=str(tmp_path / "nowhere.toml")))
-    data.write_qrels({"q99": {"d": 1}}, tmp_path / "others.txt")
+    trec.write_qrels({"q99": {"d": 1}}, tmp_path / "others.txt")
     held_out = {"eval_candidates": str(small[0]), "eval_qrels": str(tmp_path / "others.txt")}
-    with pytest.raises(SystemExit, match="no query in common"):
+    with pytest.raises(UserError, match="no query in common"):
         grpo.train(quick(small, tiny, tmp_path, **held_out))
     assert not (tmp_path / "settings.json").exists()
 
 
 def test_a_run_can_be_made_longer(small, tiny, tmp_path):
     held_out = {"eval_candidates": str(small[0]), "eval_qrels": str(small[1])}
+    with pytest.raises(UserError, match=r"6 training queries are those of the evaluation"):
+        grpo.train(quick(small, tiny, tmp_path, **held_out))
+    held_out["allow_overlap"] = True
     for steps in (1, 2):
         grpo.train(quick(small, tiny, tmp_path, steps=steps, learning_rate=1e-2, **held_out))
     assert [m["step"] for m in metrics(tmp_path)] == [0, 1]
@@ -516,17 +556,19 @@ def test_a_run_can_be_made_longer(small, tiny, tmp_path):
 
 
 def test_a_reward_of_another_task_is_an_error(small, tiny, tmp_path):
-    settings = Settings(
+    settings = TrainSettings(
         task="setwise", model=str(tiny), candidates=str(small[0]), qrels=str(small[1]),
         reward="relative", output_dir=str(tmp_path),
     )  # fmt: skip
-    with pytest.raises(SystemExit, match="--reward relative: setwise has exact, graded"):
+    with pytest.raises(UserError, match="--reward relative: setwise has exact, graded"):
         grpo.train(settings)
 
 
 def test_a_training_set_of_the_real_data(dl19):
     candidates, qrels = map(str, dl19)
-    instances = grpo.load_instances(TASKS["listwise"], Settings(candidates=candidates, qrels=qrels))
+    instances = grpo.load_windows(
+        TASKS["listwise"], TrainSettings(candidates=candidates, qrels=qrels)
+    )
     assert 1000 < len(instances) < 43 * 50
     assert all(len(i.passages) == 20 and max(i.grades) > 0 for i in instances)
 
@@ -550,8 +592,8 @@ def test_wrong_flags_are_named(monkeypatch, capsys, wrong, message):
 
 
 def test_no_window_left_is_an_error(small, tmp_path):
-    data.write_qrels({"q0": {"nothing": 1}}, tmp_path / "qrels.txt")
-    settings = Settings(candidates=str(small[0]), qrels=str(tmp_path / "qrels.txt"))
+    trec.write_qrels({"q0": {"nothing": 1}}, tmp_path / "qrels.txt")
+    settings = TrainSettings(candidates=str(small[0]), qrels=str(tmp_path / "qrels.txt"))
     for task in TASKS.values():
-        with pytest.raises(SystemExit, match="no training window left"):
-            grpo.load_instances(task, settings)
+        with pytest.raises(UserError, match="no training window left"):
+            grpo.load_windows(task, settings)

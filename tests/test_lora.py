@@ -1,20 +1,24 @@
 """LoRA: an adapter trains, saves, loads merged, and merges to a plain model."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_grpo import run_grpo
-from test_shared_prompt import naive_logprobs, tiny_lm
+from test_packed import naive_logprobs, tiny_lm
 from transformers import AutoModelForCausalLM
 
 import grpo
-import lora
-from rearank import AgentSettings, load_agent, load_lm, rerank
-from shared_prompt import Group, Policy, pack_row, response_logprobs
+from engine import lora
+from engine.model import load_lm, load_policy
+from engine.packed import Group, Policy, pack_row, response_logprobs
+from rearank import load_agent, rank_batch
+from settings import AgentSettings, TrainSettings, UserError
+from sources.formats import read_candidates
 
 pytest.importorskip("peft")
 ROOT = Path(__file__).parents[1]
@@ -23,9 +27,9 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def adapter(small, tiny, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("adapter")
-    settings = grpo.Settings(
-        model=str(tiny), candidates=str(small[0]), qrels=str(small[1]), size=4, draws=2, steps=2,
-        batch_size=2, group_size=6, max_new_tokens=50, lora_rank=4, lora_alpha=8,
+    settings = TrainSettings(
+        model=str(tiny), candidates=str(small[0]), qrels=str(small[1]), window_size=4, draws=2,
+        steps=2, batch_size=2, group_size=6, max_new_tokens=50, lora_rank=4, lora_alpha=8,
         learning_rate=1e-2, output_dir=str(out),
     )  # fmt: skip
     grpo.train(settings)
@@ -41,9 +45,10 @@ def test_only_the_adapter_is_saved_and_it_moved(adapter):
 
 def test_two_processes_train_the_same_adapter(adapter, small, tiny, tmp_path):
     done = run_grpo(
-        "--model", tiny, "--candidates", small[0], "--qrels", small[1], "--size", 4, "--draws", 2,
-        "--steps", 2, "--batch_size", 2, "--group_size", 6, "--max_new_tokens", 50, "--lora_rank",
-        4, "--lora_alpha", 8, "--learning_rate", 1e-2, "--output_dir", tmp_path, processes=2,
+        "--model", tiny, "--candidates", small[0], "--qrels", small[1], "--window_size", 4,
+        "--draws", 2, "--steps", 2, "--batch_size", 2, "--group_size", 6, "--max_new_tokens", 50,
+        "--lora_rank", 4, "--lora_alpha", 8, "--learning_rate", 1e-2,
+        "--output_dir", tmp_path, processes=2,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     one, two = (load_file(out / "adapter_model.safetensors") for out in (adapter, tmp_path))
@@ -52,8 +57,8 @@ def test_two_processes_train_the_same_adapter(adapter, small, tiny, tmp_path):
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=2e-4)  # 2 steps of 1e-2
 
 
-def test_a_loaded_adapter_is_its_base_plus_the_product(adapter, tiny):
-    lm, _ = load_lm(str(adapter), torch.float32)
+def test_a_merged_adapter_is_its_base_plus_the_product(adapter, tiny):
+    lm, _ = load_lm(str(adapter), torch.float32, merged=True)
     base = AutoModelForCausalLM.from_pretrained(tiny)
     weights = load_file(adapter / "adapter_model.safetensors")
     changed = 0
@@ -68,23 +73,65 @@ def test_a_loaded_adapter_is_its_base_plus_the_product(adapter, tiny):
     torch.testing.assert_close(lm.lm_head.weight, base.lm_head.weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loaded_adapter_is_what_was_trained_however_small(adapter, tiny, tmp_path, dtype):
+    """Beside its base's weights: added to them in bfloat16, most of it would be rounded away."""
+    shutil.copytree(adapter, tmp_path / "small")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    small = {n: w * 1e-3 if "lora_B" in n else w for n, w in weights.items()}
+    save_file(small, tmp_path / "small" / "adapter_model.safetensors")
+    lm, _ = load_lm(str(tmp_path / "small"), dtype)
+    held = dict(lm.named_parameters())
+    base = AutoModelForCausalLM.from_pretrained(tiny, dtype=dtype)
+    for name, weight in base.named_parameters():
+        found = held.get(
+            name,
+            held.get(
+                name.replace(".weight", ".base_layer.weight"),
+                held.get(name.replace(".bias", ".base_layer.bias")),
+            ),
+        )
+        assert torch.equal(found, weight), name
+    loras = {n: p for n, p in held.items() if "lora_" in n}
+    assert len(loras) == len(small) and all(p.dtype == dtype for p in loras.values())
+    for name, weight in small.items():
+        name = name.removeprefix("base_model.model.").replace(".weight", ".default.weight")
+        assert torch.equal(loras[name], weight.to(dtype)), name
+
+
+def test_an_adapter_on_an_adapter_is_refused(adapter, small, process_group):
+    settings = TrainSettings(model=str(adapter), lora_rank=2)
+    with pytest.raises(UserError, match=r"--lora_rank trains an adapter.*python merge\.py"):
+        load_policy(settings, torch.float32, torch.device("cpu"))
+
+
+def test_half_an_adapter_is_refused(adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "half")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    for name in [n for n in weights if "layers.1." in n]:
+        del weights[name]
+    save_file(weights, tmp_path / "half" / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"half: its files lack .*layers\.1\..*lora.* more"):
+        load_lm(str(tmp_path / "half"), torch.float32)
+
+
 def test_merging_writes_a_plain_model(adapter, tmp_path):
     done = subprocess.run(
-        [sys.executable, "lora.py", adapter, tmp_path], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "merge.py", adapter, tmp_path], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    assert f"written to {tmp_path} in torch.float32, with 100.0% of what the adapter" in done.stdout
     merged = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    loaded, _ = load_lm(str(adapter), torch.float32)
-    for a, b in zip(merged.parameters(), loaded.parameters()):
-        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)  # written in bfloat16
+    loaded, _ = load_lm(str(adapter), torch.float32, merged=True)
+    for a, b in zip(merged.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_an_adapter_reranks(adapter, small):
-    import data
-
-    agent = load_agent(AgentSettings(model=str(adapter), window_size=4, step_size=2))
-    candidates = data.read_candidates(small[0])[:1]
-    (ranked,) = rerank(agent, candidates)
+    settings = AgentSettings(model=str(adapter), window_size=4, step_size=2)
+    agent = load_agent(settings)
+    candidates = read_candidates(small[0])[:1]
+    (ranked,) = rank_batch(agent, settings, candidates)
     assert set(ranked.passages) == set(candidates[0].passages)
 
 
@@ -92,7 +139,7 @@ def test_a_fresh_adapter_changes_nothing_and_then_shares_prompts_exactly():
     groups = [Group([1, 2, 3], [[4, 5], [6]]), Group([7, 8], [[9, 10, 11]])]
     lm = tiny_lm()
     expected = naive_logprobs(tiny_lm(), groups, 1.0)
-    lora.add_adapter(lm, 4, 8, seed=0)
+    lora.add_fresh(lm, 4, 8, seed=0)
     policy = Policy(lm)
     torch.testing.assert_close(policy(response_logprobs, pack_row(groups)), expected)
     for name, parameter in lm.named_parameters():
@@ -107,12 +154,12 @@ def test_a_fresh_adapter_changes_nothing_and_then_shares_prompts_exactly():
 
 def test_without_peft_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(SystemExit, match="pip install peft"):
-        lora.add_adapter(tiny_lm(), 4, 8, 0)
+    with pytest.raises(UserError, match="pip install peft"):
+        lora.add_fresh(tiny_lm(), 4, 8, 0)
 
 
 def test_merging_no_adapter_is_an_error(tiny, tmp_path):
     done = subprocess.run(
-        [sys.executable, "lora.py", tiny, tmp_path], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "merge.py", tiny, tmp_path], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 1 and "no adapter" in done.stderr

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel import Interrupted, StopSignal, balanced, together
+from engine import parallel
+from engine.parallel import Interrupted, StopSignal, balanced, together
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,7 +45,7 @@ def torchrun(tmp_path: Path, body: str) -> tuple[subprocess.CompletedProcess, fl
     (tmp_path / "job.py").write_text(
         "import time\n"
         "import torch.distributed as dist\n"
-        "from parallel import *\n"
+        "from engine.parallel import *\n"
         "with processes() as device:\n" + "".join(f"    {line}\n" for line in body.split("\n"))
     )
     started = time.monotonic()
@@ -75,17 +76,37 @@ def test_a_message_is_not_a_traceback(tmp_path):
 
 
 def test_a_signal_ends_work_at_once_or_is_noted(process_group):
-    import torch
-
     with StopSignal() as stop, pytest.raises(Interrupted):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
     with StopSignal() as stop:
         stop.at_once = False
-        assert stop.cut_short(lambda: 7) == 7 and not stop.agreed(torch.device("cpu"))
+        assert stop.cut_short(lambda: 7) == 7
+        stop.check()
         started = time.monotonic()
         assert stop.cut_short(lambda: [os.kill(os.getpid(), signal.SIGTERM), time.sleep(5)]) is None
         assert time.monotonic() - started < 2
-        assert stop.agreed(torch.device("cpu")) and stop.number == signal.SIGTERM
+        with pytest.raises(Interrupted):
+            stop.check()
+        assert stop.number == signal.SIGTERM
         assert stop.cut_short(lambda: 7) is None
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_that_comes_while_a_process_waits_for_the_others_is_kept(
+    process_group, monkeypatch
+):
+    """What all agreed on is from before it came; the next time all hear of it."""
+    with StopSignal() as stop:
+        stop.at_once = False
+
+        def reduce(values, op):
+            os.kill(os.getpid(), signal.SIGHUP)  # heard like SIGTERM
+            return values
+
+        with monkeypatch.context() as patch:
+            patch.setattr(parallel, "all_reduce", reduce)
+            stop.check()
+        assert stop.number == signal.SIGHUP
+        with pytest.raises(Interrupted):
+            stop.check()

@@ -10,25 +10,22 @@ import torch
 from conftest import collection
 
 import rearank
-from data import Candidates
-from rearank import (
-    AgentSettings,
-    encode_chat,
-    encode_window,
-    end_tokens,
-    load_agent,
-    load_lm,
-    rerank,
-)
+from engine.chat import encode_chat
+from engine.model import end_tokens, load_lm
+from rearank import encode_window, load_agent, rank_batch
+from settings import AgentSettings, UserError
+from sources.formats import Candidates
 from window import Parsed, conversation, windows
 
 ROOT = Path(__file__).parents[1]
 
 
+SETTINGS = AgentSettings(window_size=4, step_size=2, max_new_tokens=24)
+
+
 @pytest.fixture(scope="module")
 def agent(tiny):
-    settings = AgentSettings(model=str(tiny), window_size=4, step_size=2, max_new_tokens=24)
-    return load_agent(settings)
+    return load_agent(replace(SETTINGS, model=str(tiny)))
 
 
 def test_plain_text_is_encoded_as_the_template_says(agent):
@@ -75,19 +72,19 @@ def test_a_tokenizer_without_a_template_is_a_clear_error(agent, tmp_path):
     agent.policy.lm.save_pretrained(tmp_path)
     bare = agent.tokenizer.__class__(tokenizer_object=agent.tokenizer.backend_tokenizer)
     bare.save_pretrained(tmp_path)
-    with pytest.raises(SystemExit, match="no chat template"):
+    with pytest.raises(UserError, match="no chat template"):
         load_lm(str(tmp_path), torch.float32)
 
 
 def test_a_model_that_is_not_there_is_named():
-    with pytest.raises(SystemExit, match="--model no/such/folder: cannot be loaded"):
+    with pytest.raises(UserError, match="--model no/such/folder: cannot be loaded"):
         load_lm("no/such/folder", torch.float32)
 
 
 def test_too_long_a_window_is_an_error_before_anything_is_sampled(agent):
-    long = replace(agent, settings=replace(agent.settings, max_new_tokens=8192))
+    long = replace(SETTINGS, max_new_tokens=8192)
     with pytest.raises(ValueError, match=r"exceed the model's 8192 positions: lower --window_size"):
-        rerank(long, collection()[0])
+        rank_batch(agent, long, collection()[0])
 
 
 def permute(completion: str, n: int, reasoning: bool) -> Parsed:
@@ -102,9 +99,9 @@ def test_rankings_equal_a_plain_loop_over_generate(agent, tiny, max_in_flight):
     sizes = (9, 5, 4, 1, 0)
     candidates = [replace(c, passages=c.passages[:n]) for c, n in zip(candidates, sizes)]
     task = replace(agent.task, parse=permute)
-    settings = replace(agent.settings, max_in_flight=max_in_flight)
+    settings = replace(SETTINGS, max_in_flight=max_in_flight)
     answers = []
-    got = rerank(replace(agent, task=task, settings=settings), candidates, answers.append)
+    got = rank_batch(replace(agent, task=task), settings, candidates, answers.append)
 
     lm, tokenizer = load_lm(str(tiny), torch.float32)
     ends, responses = end_tokens(lm, tokenizer), []
@@ -159,9 +156,9 @@ def test_a_querys_opening_turns_are_read_once(agent, monkeypatch):
     read, lengths = [], []
     forward = agent.policy.lm.forward
 
-    def counted(ids, **kwargs):
-        read.append(ids.shape[1])
-        return forward(ids, **kwargs)
+    def counted(*ids, **kwargs):
+        read.extend(x.shape[1] for x in ids)  # not of the steps, which only compute logits here
+        return forward(*ids, **kwargs)
 
     encode = rearank.encode_window
 
@@ -172,7 +169,7 @@ def test_a_querys_opening_turns_are_read_once(agent, monkeypatch):
 
     monkeypatch.setattr(agent.policy.lm, "forward", counted)
     monkeypatch.setattr(rearank, "encode_window", encoded)
-    rerank(agent, [query])
+    rank_batch(agent, SETTINGS, [query])
     (prefix,) = {prefix for _, prefix in lengths}
     assert len(lengths) == 4 and prefix > 20  # 9 passages: windows at 5, 3, 1 and 0
     assert sum(read) == prefix + sum(length - prefix for length, _ in lengths)

@@ -8,7 +8,8 @@ import pytrec_eval
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reward import listwise_reward, ndcg_at_k, rank_reward
+from reward import WEIGHTS, listwise_reward, ndcg_at_k, rank_reward
+from settings import TrainSettings
 from window import Parsed, parse_ranking
 
 
@@ -112,3 +113,7 @@ def test_ablation_rewards():
         assert reward == pytest.approx(value)
     with pytest.raises(ValueError, match="unknown r_rank 'ndcg'"):
         listwise_reward(answer(order), grades, variant="ndcg")
+
+
+def test_the_default_weights_are_the_papers():
+    assert tuple(TrainSettings().weights) == WEIGHTS == (0.8, 0.1, 0.1)

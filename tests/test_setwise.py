@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_window import pieces, run
 
+from reward import ndcg_at_k
 from setwise import bubblesort, exact_reward, graded_reward, heapsort, parse_choice
 from window import Parsed
 
@@ -104,15 +105,32 @@ def test_with_ties_the_top_has_the_best_grades(sort, draw, n, k, children):
 
 
 @given(**shapes)
-def test_answers_that_cannot_be_read_keep_the_parents(n, k, children):
-    """By bubblesort nothing moves; by heapsort each passage put at the root stays there."""
+def test_without_a_readable_answer_the_first_stages_order_stays(n, k, children):
     orders = run(
         [bubblesort(n, k, children), heapsort(n, k, children)],
         lambda _, given: list(range(len(given))),
     )
-    assert orders[0] == list(range(n))
-    top = [0, *range(n - 1, 0, -1)][: min(n, k)]
-    assert orders[1] == top + [i for i in range(n) if i not in top]
+    assert orders[0] == orders[1] == list(range(n))
+
+
+def test_some_unreadable_answers_cost_a_heapsort_little_on_real_data(dl19_read):
+    """DL19, judgments answer but 10% of the windows: 0.892 falls to about 0.85, and not to where
+    the last candidates come first (0.826)."""
+    candidates, qrels = dl19_read
+    rng, figures = random.Random(0), []
+    for query in candidates:
+        grades = [qrels[query.qid].get(p.docid, 0) for p in query.passages]
+
+        def answer(_, given, grades=grades):
+            if rng.random() < 0.1:
+                return list(range(len(given)))
+            shown = [grades[i] for i in given]
+            return sorted(range(len(given)), key=lambda i, shown=shown: -shown[i])
+
+        (order,) = run([heapsort(len(grades))], answer).values()
+        judged = list(qrels[query.qid].values())
+        figures.append(ndcg_at_k([grades[i] for i in order], 10, judged))
+    assert sum(figures) / len(figures) > 0.84
 
 
 @pytest.mark.parametrize("sort", [heapsort, bubblesort])

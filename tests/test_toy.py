@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import data
-import grpo
 import toy
-from rearank import encode_chat, load_lm
+from engine.chat import encode_chat
+from engine.model import load_lm
+from settings import TrainSettings
+from sources import formats, trec
 from window import conversation, load_prompt, parse_ranking
 
 
@@ -101,9 +102,9 @@ def test_prepared_once_whole_and_loadable(monkeypatch, tmp_path):
     assert toy.prepare(seed=5) == files and taught == ["matching", "reasoning", "ranking"]
     assert load_prompt(files["prompt"]) == toy.PROMPT
     train, held_out, qrels = toy.make_world(5)
-    assert data.read_candidates(files["candidates"]) == train
-    assert data.read_candidates(files["eval_candidates"]) == held_out
-    assert data.read_qrels(files["eval_qrels"]) == {q.qid: qrels[q.qid] for q in held_out}
+    assert formats.read_candidates(files["candidates"]) == train
+    assert formats.read_candidates(files["eval_candidates"]) == held_out
+    assert trec.read_qrels(files["eval_qrels"]) == {q.qid: qrels[q.qid] for q in held_out}
     lm, tokenizer = load_lm(files["model"], torch.float32)
     assert tokenizer.get_vocab() == toy.make_tokenizer().get_vocab()
     assert lm.num_parameters() < 200_000
@@ -111,7 +112,7 @@ def test_prepared_once_whole_and_loadable(monkeypatch, tmp_path):
 
 
 def test_the_preset_holds_known_settings():
-    assert grpo.Settings(preset="toy", **toy.PRESET).size == toy.SIZE
+    assert TrainSettings(preset="toy", **toy.PRESET).window_size == toy.SIZE
 
 
 @pytest.mark.slow

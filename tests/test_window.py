@@ -219,14 +219,13 @@ def test_windows_that_would_skip_candidates_are_an_error(size, step):
 
 
 def run(rankers, answer, collect_from=lambda pending: [pending.pop(0)]):
-    pending, orders = [], {}
-    run_rankers(
+    pending = []
+    orders = run_rankers(
         rankers,
         lambda ticket, given: pending.append((ticket, given)),
         lambda: [(ticket, answer(ticket, given)) for ticket, given in collect_from(pending)],
-        orders.__setitem__,
     )
-    return orders
+    return dict(enumerate(orders))
 
 
 @given(st.integers(1, 60), st.integers(2, 12), st.data())

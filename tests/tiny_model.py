@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import data
+from engine.packed import Group, Policy, pack_row, response_logprobs
 from rearank import encode_window
-from shared_prompt import Group, Policy, pack_row, response_logprobs
+from sources import formats
 from window import LISTWISE_PROMPT, load_prompt
 
 CHAT_TEMPLATE = (
@@ -60,7 +60,7 @@ def tiny_model(tokenizer, seed: int = 0, **changes) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config)
 
 
-def teach_form(lm, tokenizer, candidates: list[data.Candidates], steps: int, size: int) -> None:
+def teach_form(lm, tokenizer, candidates: list[formats.Candidates], steps: int, size: int) -> None:
     """Supervised steps on windows answered in a random order."""
     policy, rng = Policy(lm), random.Random(0)
     prompt = load_prompt(LISTWISE_PROMPT)
@@ -88,7 +88,7 @@ def teach_form(lm, tokenizer, candidates: list[data.Candidates], steps: int, siz
 
 
 def save_tiny_model(
-    candidates: list[data.Candidates], out: Path, steps: int = 400, size: int = 20, **changes
+    candidates: list[formats.Candidates], out: Path, steps: int = 400, size: int = 20, **changes
 ) -> None:
     # Control tokens belong to the template; the words that responses are made of to the text.
     forms = ["<think> Each was read. </think> <answer> [1] > [2] </answer>"] * 100
@@ -101,4 +101,4 @@ def save_tiny_model(
 
 if __name__ == "__main__":
     source, out = sys.argv[1:]
-    save_tiny_model(data.read_candidates(source), Path(out))
+    save_tiny_model(formats.read_candidates(source), Path(out))

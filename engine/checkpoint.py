@@ -1,9 +1,8 @@
-"""What a run writes so that nothing is lost: checkpoints to go on from, and the trained model.
+"""Checkpoints, which a run goes on from, and the export of the trained model.
 
-    OUTPUT_DIR/checkpoints/step-000040/
+    checkpoints/step-000040/
         shard-00001-....safetensors   what process 1 holds: weights in float32, AdamW's moments
         checkpoint.json               the step, the run's settings, each shard's SHA-256
-    OUTPUT_DIR/model.safetensors, config.json, tokenizer.json, README.md, ...   at the end
 
 The batch of a step, and every random number of its sampling, follow from the seed and the step
 alone, and the learning rate is constant: so weights, moments and the step are the whole state.
@@ -30,69 +29,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedTokenizerBase
 
-from parallel import all_gather, compute_dtype, together
-from shared_prompt import Policy
+from engine.packed import Policy
+from engine.parallel import all_gather, non_finite, reshard, together
+from settings import UserError
 
 FACTS = "checkpoint.json"
-LOGS = ("metrics.jsonl", "responses.jsonl", "skipped.jsonl")  # a line or more a step
-
-
-# ------------------------------------------------------------------------------ the output folder
-
-
-def claim(output_dir: Path, settings: dict[str, Any], free_to_change: set[str]) -> None:
-    """Make the folder this run's: its settings are written there. ValueError, on all processes,
-    where it holds a run with others that are not free to change."""
-
-    def write() -> None:
-        if dist.get_rank() > 0:
-            return
-        file = output_dir / "settings.json"
-        if file.exists():
-            others = json.loads(file.read_text())
-            bound = {k: v for k, v in settings.items() if k not in free_to_change}
-            if name := first_difference(bound, others):
-                raise ValueError(
-                    f"{output_dir} holds another run, with {name} {others.get(name)!r} instead of "
-                    f"{settings[name]!r}: give another --output_dir"
-                )
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(settings, indent=2) + "\n")
-
-    together(write)
-
-
-def first_difference(settings: dict[str, Any], others: dict[str, Any]) -> str | None:
-    return next((k for k, value in settings.items() if others.get(k) != value), None)
-
-
-def cut_logs(output_dir: Path, first: int) -> None:
-    """Drop what the logs say of steps from `first` on, which will be done again, and a last line
-    that was never finished."""
-    for path in (output_dir / name for name in LOGS):
-        if path.exists():
-            lines = path.read_bytes().split(b"\n")[:-1]
-            kept = [line for line in lines if json.loads(line)["step"] < first]
-            write_whole(path, b"".join(line + b"\n" for line in kept).decode())
-
-
-def append(path: Path, lines: list[dict]) -> None:
-    """Add JSON lines to a log, all or, where the disk is full, none."""
-    with open(path, "a", encoding="utf-8") as file:
-        size = file.tell()
-        try:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            file.flush()
-        except OSError:
-            os.truncate(path, size)
-            raise
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or as it was before, never in part."""
-    building = path.with_name(f"{path.name}.tmp")
-    building.write_text(text, encoding="utf-8")
-    os.replace(building, path)
 
 
 # --------------------------------------------------------------------------------- the checkpoint
@@ -114,7 +55,7 @@ def make_moments(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
     for parameter in policy.parameters():
         if parameter.requires_grad and not optimizer.state[parameter]:
             optimizer.state[parameter] = {
-                "step": torch.tensor(0.0),
+                "step": torch.tensor(0.0, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
@@ -150,6 +91,9 @@ def save(
             for old in whole_checkpoints(folder)[:-keep]:
                 shutil.rmtree(old)
 
+    reshard(policy)  # a pass without a gradient may have left some weights gathered
+    if bad := [name for part in all_gather(non_finite(policy)) for name in part]:
+        raise UserError(f"{whole} is not written: {bad[0]} holds values that are not finite")
     state = training_state(policy, optimizer)
     try:
         together(begin)
@@ -188,39 +132,41 @@ def resume(
     return None
 
 
+def first_difference(settings: dict[str, Any], others: dict[str, Any]) -> str | None:
+    return next((k for k, value in settings.items() if others.get(k) != value), None)
+
+
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Oldest first."""
     return sorted(path for path in folder.glob("step-*") if not path.suffix)
 
 
 def check(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The facts of a checkpoint. ValueError where it is damaged or another run's; each process
+    """The facts of a checkpoint. UserError where it is damaged or another run's; each process
     looks at its share of the files."""
     try:
         facts = json.loads((path / FACTS).read_text())
         expected, others = sorted(facts["sha256"].items()), facts["settings"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"no checkpoint of grpo.py ({FACTS}: {error!r})") from None
+        raise UserError(f"no checkpoint of grpo.py ({FACTS}: {error!r})") from None
     if name := first_difference(settings, others):
-        raise ValueError(f"of another run ({name} is {others.get(name)!r} there)")
+        raise UserError(f"of another run ({name} is {others.get(name)!r} there)")
     for name, checksum in expected[dist.get_rank() :: dist.get_world_size()]:
         if not (path / name).is_file():
-            raise ValueError(f"damaged: {name} is missing")
+            raise UserError(f"damaged: {name} is missing")
         if checksums([path / name]) != [(name, checksum)]:
-            raise ValueError(f"damaged: {name} is not what was written")
+            raise UserError(f"damaged: {name} is not what was written")
     return facts
 
 
 def check_tensors(path: Path, state: dict[str, Tensor]) -> None:
-    """ValueError where the checkpoint holds other tensors than this model and optimizer have."""
+    """UserError where the checkpoint holds other tensors than this model and optimizer have."""
     stored = HuggingFaceStorageReader(path).read_metadata().state_dict_metadata
     for name in state.keys() ^ stored.keys():
-        raise ValueError(
-            f"of another model ({name} is only {'here' if name in state else 'there'})"
-        )
+        raise UserError(f"of another model ({name} is only {'here' if name in state else 'there'})")
     for name, tensor in state.items():
         if stored[name].size != tensor.shape:
-            raise ValueError(f"of another model ({name} is {list(stored[name].size)} there)")
+            raise UserError(f"of another model ({name} is {list(stored[name].size)} there)")
 
 
 def checksums(paths: Iterable[Path]) -> list[tuple[str, str]]:
@@ -243,7 +189,11 @@ def first_cause(error: BaseException) -> str:
 
 
 def export(
-    policy: Policy, tokenizer: PreTrainedTokenizerBase, prompt: Path, output_dir: Path, card: str
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Path,
+    output_dir: Path,
+    card: str,
 ) -> None:
     """Write the trained model (or adapter) in Hugging Face form, with its tokenizer, chat template,
     prompt file and model card, in the precision it computes with. By all processes together."""
@@ -254,8 +204,9 @@ def export(
     def write() -> None:
         if dist.get_rank() > 0:
             return
-        dtype = compute_dtype(next(policy.parameters()).device)
-        named = {k.removeprefix("lm."): w.to(dtype) for k, w in weights.items() if k in once}
+        named = {
+            k.removeprefix("lm."): w.to(policy.computing) for k, w in weights.items() if k in once
+        }
         building = output_dir / "export.tmp"
         shutil.rmtree(building, ignore_errors=True)
         try:
@@ -270,43 +221,3 @@ def export(
         building.rmdir()
 
     together(write)
-
-
-def model_card(
-    settings: dict[str, Any],
-    windows: int,
-    before: dict[str, float] | None = None,
-    after: dict[str, float] | None = None,
-) -> str:
-    """The README.md of a trained model: what it is, how it was trained, what was measured."""
-    base = settings["model"]
-    size = settings["size"]
-    does = {
-        "listwise": f"reads a query and {size} passages, reasons about them, and ranks them",
-        "setwise": f"reads a query and {size} passages, reasons about them, and names the best",
-    }
-    rows = "\n".join(f"| {name} | {value!r} |" for name, value in settings.items() if value != "")
-    # YAML takes a JSON string as it is, and only a name on the hub may stand as the base model.
-    hub = f"base_model: {json.dumps(base)}\n" if not os.path.exists(base) else ""
-    card = f"""---
-library_name: transformers
-{hub}tags: [reranking, information-retrieval, reasoning, grpo]
----
-
-# A reasoning reranker trained with GRPO
-
-A language model that {does.get(settings["task"], "ranks passages")}. Trained from `{base}` for
-{settings["steps"]} steps of {settings["batch_size"]} windows with {settings["group_size"]} sampled
-responses each, from {windows} training windows. It wants the conversation it was trained with:
-`prompt.toml` beside this file.
-
-| setting | value |
-|---|---|
-{rows}
-"""
-    if before and after:
-        card += f"""
-Measured on {settings["eval_candidates"]}, greedy: nDCG@10 {after["first_stage"]:.4f} of the first
-stage, {before["ndcg@10"]:.4f} reranked by the model before training, {after["ndcg@10"]:.4f} after.
-"""
-    return card

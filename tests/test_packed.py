@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from shared_prompt import Group, Policy, Request, Sampler, draw, pack_row, response_logprobs
+from engine.packed import Group, Policy, pack_row, response_logprobs
+from engine.sampler import Request, Sampler, draw
 
 VOCAB = 50
 

@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from shared_prompt import Policy
+from settings import UserError
 
 T = TypeVar("T")
 # How long one process may wait for the others, who may still be sampling; a dead one ends all at
@@ -54,7 +55,10 @@ def processes() -> Iterator[torch.device]:
 
 
 def leave(error: BaseException) -> None:
-    """End this process at once, as Python ends on this error."""
+    """End this process at once, as a program ends on this error."""
+    if isinstance(error, UserError | OSError):
+        # torchrun lets those that end well do so, and itself ends as process 0 does.
+        error = SystemExit(0 if getattr(error, "said_by_first", False) else str(error))
     code = error.code if isinstance(error, SystemExit) else 1
     if not isinstance(error, SystemExit):
         get_error_handler().record_exception(error)  # for torchrun's summary
@@ -70,7 +74,14 @@ def leave(error: BaseException) -> None:
 # ------------------------------------------------------------------------ talking to the others
 
 
-def all_reduce(values: Sequence[float], device: torch.device, op=dist.ReduceOp.SUM) -> list[float]:
+def say(*words: object, **how) -> None:
+    """Print, on process 0 alone."""
+    if dist.get_rank() == 0:
+        print(*words, **how)
+
+
+def all_reduce(values: Sequence[float], op=dist.ReduceOp.SUM) -> list[float]:
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor, op)
     return tensor.tolist()
@@ -85,7 +96,7 @@ def all_gather(thing: T) -> list[T]:
 
 def together(work: Callable[[], T]) -> T:
     """Do `work` on this process; where it raises OSError or ValueError on any process, that is
-    raised on all, so that none goes on alone."""
+    raised on all, so that none goes on alone (and process 0 says it for all)."""
     result, error = None, None
     try:
         result = work()
@@ -93,6 +104,7 @@ def together(work: Callable[[], T]) -> T:
         error = failure
     failures = [failure for failure in all_gather(error) if failure]
     if failures:
+        failures[0].said_by_first = dist.get_rank() > 0
         raise failures[0]
     return result
 
@@ -111,27 +123,33 @@ def balanced(costs: Sequence[float], parts: int) -> list[list[int]]:
 
 
 class Interrupted(BaseException):
-    """SIGTERM or Ctrl-C asked the run to end. Like KeyboardInterrupt it is no Exception, so that
+    """A signal asked the run to end. Like KeyboardInterrupt it is no Exception, so that
     no library takes it for an error of its own."""
 
 
 class StopSignal:
-    """SIGTERM and SIGINT as a wish to stop, which each process hears at its own moment.
+    """SIGTERM, SIGHUP and SIGINT as a wish to stop, which each process hears at its own moment.
 
     While `at_once`, a signal raises Interrupted where the process stands. Otherwise it is noted,
-    and where the processes next ask `agreed`, all learn of it together.
+    and where the processes next `check`, all raise it together. As a context it ends the program
+    where Interrupted comes out of it.
     """
 
     def __init__(self):
         self.number, self.at_once = 0, True
 
     def __enter__(self) -> "StopSignal":
-        self.before = {n: signal.signal(n, self.hear) for n in (signal.SIGTERM, signal.SIGINT)}
+        heard = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+        self.before = {number: signal.signal(number, self.hear) for number in heard}
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind: type | None, *error) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if kind is Interrupted:
+            if dist.get_rank() == 0:
+                print(f"stopped by {signal.Signals(self.number).name}", file=sys.stderr)
+            raise SystemExit(128 + self.number) from None
 
     def hear(self, number: int, frame) -> None:
         # torchrun repeats a Ctrl-C that the terminal has sent to all already; a person who
@@ -144,7 +162,7 @@ class StopSignal:
 
     def cut_short(self, work: Callable[[], T]) -> T | None:
         """work(), which a signal ends at once: None. It must not need the other processes, and
-        the caller goes on to ask `agreed`."""
+        the caller goes on to `check`."""
         try:
             self.at_once = True
             return None if self.number else work()
@@ -153,33 +171,43 @@ class StopSignal:
         finally:
             self.at_once = False
 
-    def agreed(self, device: torch.device) -> bool:
-        """Whether any process has heard a signal."""
-        self.number = int(all_reduce([self.number], device, dist.ReduceOp.MAX)[0])
-        return self.number > 0
+    def check(self) -> None:
+        """Raise Interrupted on all processes where any has heard a signal."""
+        heard = int(all_reduce([self.number], dist.ReduceOp.MAX)[0])
+        if heard:
+            self.number = heard
+            raise Interrupted
+        # One that came while this process waited for the others is kept for the next time.
 
 
 # ------------------------------------------------------------------------------- sharded weights
 
 
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """What weights are rounded to for computing; they are kept in float32."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def shard(policy: Policy, device: torch.device) -> Policy:
-    """Split the weights over all processes. They are kept, and gradients summed, in float32."""
-    precision = MixedPrecisionPolicy(param_dtype=compute_dtype(device), reduce_dtype=torch.float32)
+def shard(
+    policy: nn.Module, device: torch.device, computing: torch.dtype = torch.float32
+) -> nn.Module:
+    """Split a policy's weights over all processes. They are kept as they are, computed with in
+    `computing`, and their gradients summed in float32."""
+    precision = MixedPrecisionPolicy(param_dtype=computing, reduce_dtype=torch.float32)
+    policy.computing = computing
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in policy.lm.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
-    return fully_shard(policy, mesh=mesh, mp_policy=precision)
+    whole = fully_shard(policy, mesh=mesh, mp_policy=precision)
+    for module in shards_of(whole):
+        module.set_reshard_after_forward(not stays_gathered(module), recurse=False)
+    return whole
 
 
-def scatter(policy: Policy, device: torch.device) -> Policy:
+def stays_gathered(module: FSDPModule) -> bool:
+    """The embeddings and the head are needed again as backward begins; without one, never."""
+    return hasattr(module, "computing") and any(p.requires_grad for p in module.parameters())
+
+
+def shard_from_first(policy: nn.Module, device: torch.device, computing: torch.dtype) -> nn.Module:
     """`shard` a policy whose weights only process 0 holds (the others' are empty)."""
     weights = policy.state_dict() if dist.get_rank() == 0 else {}
-    policy = shard(policy, device)
+    policy = shard(policy, device, computing)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(policy, weights, options=options)
     for buffer in policy.buffers():  # those that a state dict leaves out, too
@@ -189,17 +217,60 @@ def scatter(policy: Policy, device: torch.device) -> Policy:
 
 
 @contextmanager
-def gathered(policy: Policy) -> Iterator[None]:
+def gathered(policy: nn.Module) -> Iterator[None]:
     """Inside, every process holds the whole weights, and a pass needs no other process: each may
     sample as long as it likes."""
-    shards = [module for module in policy.modules() if isinstance(module, FSDPModule)]
-    for module in shards:
+    for module in shards_of(policy):
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
     try:
         yield
     finally:
-        for module in shards:
-            # The root is needed again as backward begins; FSDP's default keeps it, too.
-            module.set_reshard_after_forward(module is not policy, recurse=False)
-            module.reshard()
+        for module in shards_of(policy):
+            module.set_reshard_after_forward(not stays_gathered(module), recurse=False)
+        reshard(policy)
+
+
+def shards_of(policy: nn.Module) -> list[FSDPModule]:
+    return [module for module in policy.modules() if isinstance(module, FSDPModule)]
+
+
+def reshard(policy: nn.Module) -> None:
+    """Give back what a pass has gathered: only then are the parameters those that are trained."""
+    for module in shards_of(policy):
+        module.reshard()
+
+
+def non_finite(model: torch.nn.Module) -> list[str]:
+    """The names of the weights that hold a NaN or an infinity (of those on this process)."""
+    local = ((n, getattr(p, "to_local", lambda p=p: p)()) for n, p in model.named_parameters())
+    held = ((n, p.detach()) for n, p in local if p.numel())
+    return [n for n, p in held if not torch.linalg.vector_norm(p, torch.inf).isfinite()]
+
+
+SMALLER = {
+    "loading": "take more processes, or --lora_rank 16 (only an adapter is trained), or --beta 0",
+    "sampling": "lower --max_in_flight",
+    "update": "lower --max_tokens_per_micro_batch",
+}
+
+
+@contextmanager
+def explained(phase: str) -> Iterator[None]:
+    """Where memory runs out inside, UserError that names the setting to change."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory ({phase}): {SMALLER[phase]}; what takes how much, the same command "
+            f"with --dry_run True tells\n{error}"
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """A GPU's, Python's own, or that of PyTorch's CPU allocator, which has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )

@@ -1,0 +1,144 @@
+"""Chat messages to token ids, so that no text can pass for a control token; and tokens to text.
+
+Control tokens (turns, ends, tool calls, in some models <think>) are all that a tokenizer matches
+before it looks at words. They come from the chat template, and from what the messages would hold
+without any query or passage; never from a query or a passage. That is held against what the
+tokenizer makes of a conversation, not against spellings.
+"""
+
+import json
+from functools import lru_cache
+from itertools import count
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from engine.sampler import Sample
+from settings import UserError
+
+Messages = list[dict[str, str]]  # {"role", "content"}
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    generate: bool = True,
+    trusted: list[str] | None = None,
+) -> list[int]:
+    """Chat messages as token ids; with `generate` up to where the assistant's reply begins.
+
+    trusted: each message without the texts of others in it; only its control tokens are kept (none
+        where it is not given). A message that holds more is encoded as the plain text it is.
+    UserError where the chat template refuses the messages or leaves one out.
+    """
+    held = set().union(*(m["content"] for m in messages))
+    if any("\ud800" <= char <= "\udfff" for char in held):
+        raise UserError("the query or a passage holds a lone surrogate, which is no text")
+    roles, trusted = tuple(m["role"] for m in messages), trusted or [""] * len(messages)
+    controls = control_tokens(tokenizer)
+
+    def controlling(tokens: list[int]) -> list[int]:
+        return [token for token in tokens if token in controls]
+
+    ids = encode(tokenizer, render(tokenizer, messages, generate))
+    if controlling(ids) == expected_controls(tokenizer, roles, tuple(trusted), generate):
+        return ids
+
+    # While the template is filled in, a character that no message holds stands for each message
+    # that holds too many.
+    mark = next(char for i in count(0xE000) if (char := chr(i)) not in held)
+    marked, fair, plain = list(messages), list(trusted), []
+    for i, (message, own) in enumerate(zip(messages, trusted)):
+        held_by, allowed = (controlling(encode(tokenizer, x)) for x in (message["content"], own))
+        if held_by != allowed:
+            plain.append(plain_tokens(tokenizer, message["content"]))
+            marked[i], fair[i] = message | {"content": mark}, ""
+    first, *others = render(tokenizer, marked, generate).split(mark)
+    ids = encode(tokenizer, first)
+    for tokens, part in zip(plain, others):
+        ids += tokens + encode(tokenizer, part)
+    if controlling(ids) != expected_controls(tokenizer, roles, tuple(fair), generate):
+        raise UserError(
+            "the query or a passage looks like control tokens in a way that this model's tokenizer "
+            "and chat template cannot keep apart"
+        )
+    return ids
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, generate: bool) -> str:
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generate
+        )
+    except Exception as error:  # templates raise whatever they like, through jinja
+        roles = " ".join(m["role"] for m in messages[:5])
+        raise UserError(
+            f"the model's chat template refuses these turns ({roles} ...): {error}"
+        ) from error
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+@lru_cache
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """All tokens that are matched before words are looked at, whether marked as special or not
+    (Qwen2.5's <|fim_prefix|> and DeepSeek's turns are not); but not the one for unknown text."""
+    tokens = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    return frozenset(tokens - {tokenizer.unk_token_id})
+
+
+@lru_cache
+def expected_controls(
+    tokenizer: PreTrainedTokenizerBase,
+    roles: tuple[str, ...],
+    trusted: tuple[str, ...],
+    generate: bool,
+) -> list[int]:
+    """The control tokens of these turns with nothing but trusted text in them, in order. UserError
+    where the chat template leaves a turn out."""
+    words = [f"turn{i}x" for i in range(len(roles))]
+    shown = render(tokenizer, [{"role": r, "content": w} for r, w in zip(roles, words)], generate)
+    places = [shown.find(word) for word in words]
+    if -1 in places or places != sorted(places):
+        raise UserError(
+            f"the model's chat template does not show all of the {len(roles)} turns, "
+            "each in its place"
+        )
+    messages = [{"role": r, "content": text or "x"} for r, text in zip(roles, trusted)]
+    controls = control_tokens(tokenizer)
+    return [t for t in encode(tokenizer, render(tokenizer, messages, generate)) if t in controls]
+
+
+@lru_cache
+def without_controls(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The same tokenizer, which matches nothing before it looks at words."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    return Tokenizer.from_str(json.dumps(state | {"added_tokens": []}))
+
+
+def plain_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Text as tokens, none of which controls. A vocabulary may hold control tokens as words: they
+    are cut after their first character, or left out where they have no other."""
+    found = without_controls(tokenizer).encode(text, add_special_tokens=False)
+    controls = control_tokens(tokenizer)
+    for token, (start, end) in zip(found.ids, found.offsets):
+        if token in controls:
+            rest = text[end:] if end - start < 2 else text[start + 1 :]
+            kept = text[:start] if end - start < 2 else text[: start + 1]
+            return plain_tokens(tokenizer, kept) + plain_tokens(tokenizer, rest)
+    return found.ids
+
+
+@lru_cache
+def reply_opening(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template has written of every reply: "<think>" in models that always reason."""
+    text = render(tokenizer, [{"role": "user", "content": "x"}], generate=True)
+    return "<think>" if text.rstrip().endswith("<think>") else ""
+
+
+def decode_response(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> str:
+    """A response's text with what the template has opened, without the token that ended it."""
+    tokens = sample.tokens[:-1] if sample.finished else sample.tokens
+    return reply_opening(tokenizer) + tokenizer.decode(tokens)

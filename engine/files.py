@@ -1,0 +1,134 @@
+"""Files that are whole or not there: one is replaced in one step, a log gains all lines or none.
+And folders that one run at a time writes into.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from settings import UserError
+
+LOCK = ".lock"
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a UTF-8 file that is there whole or as it was before, never in part."""
+    content = text.encode()
+    # In the same directory, since os.replace is one step only within a file system.
+    building = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        building.write_bytes(content)
+        os.replace(building, path)
+    finally:
+        building.unlink(missing_ok=True)
+
+
+def append_lines(path: str | Path, records: list[dict]) -> None:
+    """Add a JSON line for each record to a log: all or, where the disk is full, none."""
+    with open(path, "a", encoding="utf-8") as file:
+        size = file.tell()
+        try:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            file.flush()
+        except OSError:
+            os.truncate(path, size)
+            raise
+
+
+def refuse_foreign(folder: str | Path, marks: Collection[str]) -> None:
+    """UserError where `folder` holds something, and none of `marks`: the names of files by which
+    a program knows a folder that it wrote itself. Hidden files may be there, logs, which a shell
+    opens before the program begins, and what killed writers left (.tmp)."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder} is a file")
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    allowed = (".log", ".tmp", "log.txt")
+    names = [name for name in names if not name.startswith(".") and not name.endswith(allowed)]
+    if names and not set(marks) & set(names):
+        raise UserError(f"--output_dir {folder} holds something else ({names[0]}): give another")
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Inside, `folder` (made where it is missing) is this process's alone. UserError, naming the
+    process that has it, where it is another's; a lock is gone as soon as its process is,
+    and with it a new folder that nothing came into."""
+    path = Path(folder) / LOCK
+    is_new = not path.parent.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open_locked(path) as file:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink()
+                if is_new:
+                    path.parent.rmdir()  # only where nothing came into it
+
+
+def open_locked(path: Path):
+    """The file, open and locked (flock)."""
+    while True:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
+            file.close()  # who had it has just removed it: once more
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read() or "another process"
+            file.close()
+            raise UserError(
+                f"{path.parent} is in use by {holder}: wait until that ends, end it, or give "
+                "another --output_dir"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            print(
+                f"{path.parent}: no locks here ({error.strerror}): see that only one run writes "
+                "to it",
+                file=sys.stderr,
+            )
+            return file
+
+
+def read_json(path: str | Path) -> dict:
+    """The object in a JSON file. UserError, naming the file, where it holds none."""
+    try:
+        read = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged, no JSON: {error!s:.200}") from None
+    if not isinstance(read, dict):
+        raise UserError(f"{path}: damaged, expected a JSON object")
+    return read
+
+
+def read_lines(path: str | Path) -> Iterator[dict]:
+    """The JSON lines of a log, none where there is no log. A last line without its end, which
+    may be under way, is left out; UserError for any other that is not an object."""
+    if not Path(path).exists():
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if not isinstance(record, dict):
+                raise UserError(f"{path}:{number}: damaged, expected a JSON object")
+            yield record

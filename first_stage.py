@@ -1,0 +1,61 @@
+"""Write a first stage as files: candidates, and judgments where there are some.
+
+    python first_stage.py dl19                                         # BM25, through pyserini
+    python first_stage.py --index FOLDER --topics queries.tsv          # of an index of one's own
+    python first_stage.py --run run.txt --topics queries.tsv --collection corpus.jsonl
+    python first_stage.py --table mine.csv                             # query, passage, label
+    python first_stage.py --beir FOLDER
+
+Into --output_dir go candidates.jsonl, qrels.txt and manifest.json (what they were made from); of
+several datasets, into a folder each.
+"""
+
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+from settings import FirstStageSettings, SourceSettings, UserError, parse_settings, program
+from sources.load import load, refuse_files_of_many
+from sources.naming import folder_name
+from sources.registry import GROUPS, expand
+from sources.write import sources_of, write_set
+
+
+def write_first_stages(names: list[str], sources: SourceSettings, output_dir: str) -> None:
+    """Load and write one dataset after the other; UserError at the end for those that failed."""
+    refuse_files_of_many(names, sources)
+    problems = []
+    for name in names or [""]:
+        named = [name] if name else []
+        folder = Path(output_dir or f"runs/first-stage-{folder_name(named, sources)}")
+        if output_dir and len(names) > 1:
+            folder /= name
+        try:
+            judged = load(name, sources)
+            made_from = sources_of(named, sources)
+            paths = write_set(folder, judged.candidates, judged.qrels, made_from)
+        except UserError as problem:
+            problems.append(str(problem))
+            continue
+        both = sum(query.qid in judged.qrels for query in judged.candidates)
+        counts = f"{len(judged.candidates)} queries, {both or 'none'} of them judged"
+        print(f"{name + ': ' if name else ''}{counts}; written {', '.join(map(str, paths))}")
+    if problems:
+        raise UserError("\n\n".join(problems))
+
+
+@program
+def main() -> None:
+    parser = HfArgumentParser(
+        (SourceSettings, FirstStageSettings),
+        allow_abbrev=False,
+        description=__doc__.split("\n")[0],
+    )
+    meaning = f"names of datasets (docs/data.md) or of groups: {', '.join(GROUPS)}"
+    parser.add_argument("datasets", nargs="*", help=meaning)
+    sources, settings, inputs = parse_settings(parser)
+    write_first_stages(expand(inputs.datasets), sources, settings.output_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Where queries, passages and judgments come from."""
