@@ -2,6 +2,7 @@
 
     python benchmarks/toy_learning.py listwise 11 12 13        # 6 minutes a seed on one core
     python benchmarks/toy_learning.py setwise 11 12 13
+    python benchmarks/toy_learning.py listwise 91 92 93 --dtype bfloat16 --no_control
 
 For each seed (of the world, the warm start and the training alike), greedy and held out, nDCG@10
 of the reranked candidates (listwise) or the share of windows whose best passage is named (setwise):
@@ -10,12 +11,14 @@ of the reranked candidates (listwise) or the share of windows whose best passage
     after     the trained one
     demo      the demonstrator that the warm start imitated, its noise taken out
     swapped   the trained model, every window shown with another query
-    shuffled  the model trained alike, but with the rewards shuffled within each group
+    shuffled  the model trained alike, but with the rewards shuffled within each group (the
+              control that --no_control leaves out: it takes half of the time)
     form      the share of well-formed responses, after; and after training on shuffled rewards
 
 Written to benchmarks/toy_learning.jsonl as well, one line a seed.
 """
 
+import argparse
 import json
 import random
 import sys
@@ -47,10 +50,10 @@ OUT = Path(__file__).parents[1] / "runs" / "toy_learning"
 FIGURE = {"listwise": "ndcg@10", "setwise": "window_reward"}
 
 
-def train(task: str, seed: int, name: str) -> Path:
+def train(task: str, seed: int, name: str, dtype: str) -> Path:
     settings = TrainSettings(
-        preset="toy", task=task, seed=seed, output_dir=str(OUT / f"{task}-{seed}-{name}"),
-        **toy.PRESET,
+        preset="toy", task=task, seed=seed, dtype=dtype,
+        output_dir=str(OUT / f"{task}-{seed}-{name}-{dtype}"), **toy.PRESET,
     )  # fmt: skip
     return grpo.train(settings)
 
@@ -80,9 +83,11 @@ def other_queries(queries: Sequence[Candidates | TrainingWindow]) -> list:
     return swapped
 
 
-def swapped_figure(task: str, run: Path, files: dict, windows: list[TrainingWindow]) -> float:
+def swapped_figure(
+    task: str, run: Path, files: dict, windows: list[TrainingWindow], dtype: str
+) -> float:
     """The trained model's figure where every query is another's."""
-    lm, tokenizer = load_lm(str(run), torch.float32)
+    lm, tokenizer = load_lm(str(run), getattr(torch, dtype))
     agent = Agent(Policy(lm.eval()), tokenizer, load_prompt(files["prompt"]), TASKS[task])
     if task == "setwise":
         greedy = TrainSettings(**toy.PRESET | {"temperature": 0.0, "group_size": 1})
@@ -127,18 +132,12 @@ def well_formed(task: str, run: Path) -> float:
     return fmean(p.tags and p.listed for p in parsed)
 
 
-def measure(task: str, seed: int) -> dict:
-    run = train(task, seed, "reward")
-    score = rollout.score
-    rollout.score = shuffled(score, seed)
-    try:
-        control = train(task, seed, "shuffled")
-    finally:
-        rollout.score = score
+def held_out(task: str, run: Path, when: str) -> float:
+    return json.loads((run / when / "held_out.json").read_text())[FIGURE[task]]
 
-    def held_out(run: Path, when: str) -> float:
-        return json.loads((run / when / "held_out.json").read_text())[FIGURE[task]]
 
+def measure(task: str, seed: int, dtype: str = "float32", control: bool = True) -> dict:
+    run = train(task, seed, "reward", dtype)
     files = toy.prepare(seed, task)
     sampling = TrainSettings(seed=seed, **toy.PRESET | {"draws": 3})
     windows = TASKS[task].training_set(
@@ -148,22 +147,36 @@ def measure(task: str, seed: int) -> dict:
     return {
         "task": task,
         "seed": seed,
-        "before": held_out(run, "before"),
-        "after": held_out(run, "after"),
+        "dtype": dtype,
+        "before": held_out(task, run, "before"),
+        "after": held_out(task, run, "after"),
         "demo": demonstrator_figure(task, files, windows),
-        "swapped": swapped_figure(task, run, files, windows),
-        "shuffled": held_out(control, "after"),
+        "swapped": swapped_figure(task, run, files, windows, dtype),
         "form": well_formed(task, run),
-        "shuffled_form": well_formed(task, control),
-    }
+    } | (measure_control(task, seed, dtype) if control else {})
+
+
+def measure_control(task: str, seed: int, dtype: str) -> dict:
+    score = rollout.score
+    rollout.score = shuffled(score, seed)
+    try:
+        run = train(task, seed, "shuffled", dtype)
+    finally:
+        rollout.score = score
+    return {"shuffled": held_out(task, run, "after"), "shuffled_form": well_formed(task, run)}
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    task, *seeds = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("task", choices=FIGURE)
+    parser.add_argument("seeds", type=int, nargs="+")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--no_control", action="store_true")
+    args = parser.parse_args()
     rows = []
-    for seed in map(int, seeds):
-        rows.append(measure(task, seed))
+    for seed in args.seeds:
+        rows.append(measure(args.task, seed, args.dtype, not args.no_control))
         with open(Path(__file__).with_suffix(".jsonl"), "a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
     print("| " + " | ".join(rows[0]) + " |")
