@@ -49,6 +49,7 @@ from engine.parallel import (
     together,
 )
 from engine.run import Run, model_card
+from engine.streams import make_unbreakable
 from measure import (
     load_held_out,
     measure_held_out,
@@ -348,6 +349,7 @@ def load_windows(task: Task, settings: TrainSettings) -> list[TrainingWindow]:
 
 @program
 def main() -> None:
+    make_unbreakable()
     parser = HfArgumentParser(
         (TrainSettings, DryRunSettings), allow_abbrev=False, description=__doc__.split("\n")[0]
     )

@@ -2,7 +2,7 @@
 
     checkpoints/step-000040/
         shard-00001-....safetensors   what process 1 holds: weights in float32, AdamW's moments
-        checkpoint.json               the step, the run's settings, each shard's SHA-256
+        checkpoint.json               the step, the run's settings, each shard's SHA-256, its own
 
 The batch of a step, and every random number of its sampling, follow from the seed and the step
 alone, and the learning rate is constant: so weights, moments and the step are the whole state.
@@ -14,6 +14,7 @@ when all of it is on disk. Any number of processes can read it, whatever number 
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedTokenizerBase
 
+from engine.files import read_json
 from engine.packed import Policy
 from engine.parallel import all_gather, non_finite, reshard, together
 from settings import UserError
@@ -73,7 +75,7 @@ def save(
 
     OSError on all processes where any cannot write; what was there before is then untouched.
     """
-    whole = folder / f"step-{facts['step']:06}"
+    whole = folder / folder_name(facts["step"])
     building = whole.with_suffix(".tmp")
 
     def begin() -> None:
@@ -85,6 +87,7 @@ def save(
     def finish() -> None:
         if dist.get_rank() == 0:
             record = facts | {"adamw": any(k.startswith("adamw") for k in state), "sha256": sums}
+            record["own_sha256"] = hash_record(record)
             (building / FACTS).write_text(json.dumps(record, indent=2))
             shutil.rmtree(whole, ignore_errors=True)  # one that was damaged, and is made anew
             building.rename(whole)
@@ -136,25 +139,37 @@ def first_difference(settings: dict[str, Any], others: dict[str, Any]) -> str | 
     return next((k for k, value in settings.items() if others.get(k) != value), None)
 
 
+def folder_name(step: int) -> str:
+    return f"step-{step:06}"
+
+
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Oldest first."""
-    return sorted(path for path in folder.glob("step-*") if not path.suffix)
+    named = {path: re.fullmatch(r"step-(\d{6,})", path.name) for path in folder.glob("step-*")}
+    return sorted((path for path in named if named[path]), key=lambda path: int(named[path][1]))
 
 
 def check(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The facts of a checkpoint. UserError where it is damaged or another run's; each process
     looks at its share of the files."""
     try:
-        facts = json.loads((path / FACTS).read_text())
-        expected, others = sorted(facts["sha256"].items()), facts["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        facts = read_json(path / FACTS)
+        own = facts.pop("own_sha256")
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(f"no checkpoint of grpo.py ({FACTS}: {error!r})") from None
+    if own != hash_record(facts):
+        raise UserError(f"damaged: {FACTS} is not what was written")
+    if path.name != folder_name(facts["step"]):
+        raise UserError(f"its name is not that of its step, {facts['step']}")
+    others, expected = facts["settings"], facts["sha256"]
     if name := first_difference(settings, others):
         raise UserError(f"of another run ({name} is {others.get(name)!r} there)")
-    for name, checksum in expected[dist.get_rank() :: dist.get_world_size()]:
-        if not (path / name).is_file():
-            raise UserError(f"damaged: {name} is missing")
-        if checksums([path / name]) != [(name, checksum)]:
+    # All that lie there would be read, whatever they are.
+    if odd := expected.keys() ^ {file.name for file in path.glob("*.safetensors")}:
+        what = "is missing" if min(odd) in expected else "does not belong to it"
+        raise UserError(f"damaged: {min(odd)} {what}")
+    for name in sorted(expected)[dist.get_rank() :: dist.get_world_size()]:
+        if checksums([path / name]) != [(name, expected[name])]:
             raise UserError(f"damaged: {name} is not what was written")
     return facts
 
@@ -176,6 +191,11 @@ def checksums(paths: Iterable[Path]) -> list[tuple[str, str]]:
         with open(path, "rb") as file:
             sums.append((path.name, hashlib.file_digest(file, "sha256").hexdigest()))
     return sums
+
+
+def hash_record(record: dict[str, Any]) -> str:
+    """The SHA-256 of what a checkpoint's facts say, however they are laid out."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def first_cause(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """Checkpoints: what is written is read back bit for bit, or it is refused by name."""
 
 import json
+import random
 import re
 import shutil
 from pathlib import Path
@@ -104,7 +105,24 @@ def flip_a_bit(folder: Path) -> None:
 def other_settings(folder: Path) -> None:
     facts = json.loads((folder / "checkpoint.json").read_text())
     facts["settings"]["seed"] = 4
+    del facts["own_sha256"]
+    facts["own_sha256"] = checkpoint.hash_record(facts)
     (folder / "checkpoint.json").write_text(json.dumps(facts))
+
+
+def other_step(folder: Path) -> None:
+    text = (folder / "checkpoint.json").read_text()
+    (folder / "checkpoint.json").write_text(text.replace('"step": 10', '"step": 11'))
+
+
+def stray(folder: Path) -> None:
+    """Tensors of the same names, which would be read."""
+    shutil.copy(next((folder.parent / "step-000005").glob("shard-*")), folder / "z.safetensors")
+
+
+def renamed(folder: Path) -> None:
+    shutil.rmtree(folder)
+    shutil.copytree(folder.parent / "step-000005", folder)
 
 
 def other_model(folder: Path) -> None:
@@ -124,6 +142,9 @@ def other_layers(folder: Path) -> None:
         (lambda folder: next(folder.glob("shard-*")).unlink(), "shard-.* is missing"),
         (lambda folder: (folder / "checkpoint.json").unlink(), "no checkpoint of grpo.py"),
         (lambda folder: (folder / "checkpoint.json").write_text("[]"), "no checkpoint of grpo.py"),
+        (other_step, "checkpoint.json is not what was written"),
+        (stray, "z.safetensors does not belong to it"),
+        (renamed, "its name is not that of its step, 5"),
         (other_settings, "of another run .seed is 4 there"),
         (other_model, r"of another model .* is \[8"),
         (other_layers, "of another model"),
@@ -145,6 +166,32 @@ def test_one_that_cannot_be_used_is_named_and_the_one_before_is(tmp_path, capsys
     # It stays to be looked at, and is in nobody's way.
     save(tmp_path, second, 10)
     assert checkpoint.resume(tmp_path, *trainer(), SETTINGS)["step"] == 10
+
+
+def test_whatever_happens_to_its_facts_is_found(tmp_path):
+    save(tmp_path, trainer(1), 7)
+    whole, rng = tmp_path / "step-000007", random.Random(0)
+    content = (whole / "checkpoint.json").read_bytes()
+    expected, refused = checkpoint.check(whole, SETTINGS), 0
+    for _ in range(300):
+        hurt = bytearray(content)
+        for _ in range(rng.choice([1, 1, 3])):
+            hurt[rng.randrange(len(hurt))] = rng.choice(b'{}[]",:0123456789e-.\\ \xff\x00')
+        (whole / "checkpoint.json").write_bytes(hurt[: rng.choice([len(hurt), len(hurt) // 2])])
+        try:
+            assert checkpoint.check(whole, SETTINGS) == expected  # another blank, say
+        except UserError:
+            refused += 1
+    assert refused > 250
+
+
+def test_the_newest_is_that_of_most_steps(tmp_path):
+    for step in (999_999, 1_000_000, 5):
+        (tmp_path / checkpoint.folder_name(step)).mkdir()
+    (tmp_path / "step-2000000 (copy)").mkdir()
+    assert [path.name for path in checkpoint.whole_checkpoints(tmp_path)] == [
+        "step-000005", "step-999999", "step-1000000",
+    ]  # fmt: skip
 
 
 def test_without_a_usable_one_training_starts_anew(tmp_path):
