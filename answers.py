@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from agent import Answer
 from engine.files import locked, refuse_foreign, write_whole
-from rearank import Answer
 from settings import UserError
 
 PARTS, UNFINISHED, METRICS = "windows.part*.jsonl", "unfinished.json", "metrics.json"

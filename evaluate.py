@@ -24,10 +24,10 @@ import torch
 import torch.distributed as dist
 from transformers import HfArgumentParser
 
+from agent import Answer, Known, Shown, load_agent, rank_batch, rank_windows
 from answers import UNFINISHED, begin, claimed, kept_windows
 from engine.parallel import StopSignal, is_out_of_memory, processes, say, together
 from measure import Evaluation, Reranker, judged_queries, measure_all
-from rearank import Answer, Known, Shown, load_agent, rank_batch, rank_windows
 from record import deciding_facts, default_folder, full_record
 from settings import (
     AgentSettings,

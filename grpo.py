@@ -33,6 +33,7 @@ from transformers import HfArgumentParser
 
 import dry_run
 import presets
+from agent import Agent
 from batches import MicroBatch, batches_of_updates
 from data import TrainingWindow, batch_at, read_training_queries
 from engine.events import require_tensorboard
@@ -57,7 +58,6 @@ from measure import (
     say_what_was_gained,
 )
 from pages.run import keeper
-from rearank import Agent
 from rollout import Rollout, check_longest, offending, readable, rollout_figures, sample_shared
 from settings import DryRunSettings, TrainSettings, UserError, parse_settings, program
 from tasks import TASKS, Task

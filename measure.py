@@ -25,12 +25,12 @@ import torch.distributed as dist
 from ir_measures import AP, RR, R, iter_calc, nDCG
 from tqdm import tqdm
 
+from agent import Agent, Answer, Known, rank_batch
 from answers import METRICS, PARTS, UNFINISHED, json_line
 from data import TrainingWindow, refuse_overlap
 from engine.files import write_whole
 from engine.parallel import StopSignal, all_gather, balanced, gathered, say
 from pages.reader import keep_reader
-from rearank import Agent, Answer, Known, rank_batch
 from rollout import sample_shared
 from settings import AgentSettings, TrainSettings, UserError
 from sources.formats import Candidates, read_candidates

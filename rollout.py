@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from agent import Agent, encode_window
 from data import TrainingWindow
 from engine.chat import decode_response
 from engine.model import check_length, end_tokens
 from engine.parallel import StopSignal, all_gather, balanced
 from engine.sampler import Request, Sample, Sampler
-from rearank import Agent, encode_window
 from reward import ndcg_at_k
 from settings import TrainSettings
 from tasks import Task

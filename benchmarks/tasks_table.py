@@ -17,10 +17,10 @@ import torch
 from toy_learning import OUT, train
 
 import toy
+from agent import load_agent, rank_batch
 from engine.parallel import processes
 from evaluate import oracle_rerank
 from measure import Evaluation, judged_queries, measure_all
-from rearank import load_agent, rank_batch
 from settings import AgentSettings
 from sources import formats, trec
 

@@ -34,11 +34,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import grpo
 import rollout
 import toy
+from agent import Agent, rank_batch, rank_windows
 from data import TrainingWindow
 from engine.model import load_lm
 from engine.packed import Policy
 from measure import mean, per_query
-from rearank import Agent, rank_batch, rank_windows
 from rollout import sample_and_score
 from settings import AgentSettings, TrainSettings
 from sources import formats, trec

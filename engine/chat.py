@@ -7,10 +7,12 @@ tokenizer makes of a conversation, not against spellings.
 """
 
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import count
 
 from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from engine.sampler import Sample
@@ -142,3 +144,15 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> str:
     """A response's text with what the template has opened, without the token that ended it."""
     tokens = sample.tokens[:-1] if sample.finished else sample.tokens
     return reply_opening(tokenizer) + tokenizer.decode(tokens)
+
+
+def text_stream(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], str]:
+    """A function that is given a response's tokens one by one, and returns the text that each
+    completes, "" where a character is not whole yet: together, what `decode_response` returns."""
+    stream, opening = DecodeStream(skip_special_tokens=False), [reply_opening(tokenizer)]
+
+    def text_of(token: int) -> str:
+        text = stream.step(tokenizer.backend_tokenizer, token) or ""
+        return (opening.pop() if opening else "") + text
+
+    return text_of

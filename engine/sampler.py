@@ -6,7 +6,7 @@ tokens are two parts, merged as in packed.py. Finished responses leave, waiting 
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 
@@ -82,9 +82,11 @@ class Sampler:
         temperature: float = 1.0,  # 0: greedy
         top_p: float = 1.0,
         max_in_flight: int = 64,  # responses; more memory, and more work per pass
+        on_token: Callable[[Hashable, Sample], None] | None = None,  # (ticket, what has grown)
     ):
         self.policy, self.eos, self.max_new_tokens = policy, set(eos), max_new_tokens
         self.temperature, self.top_p, self.max_in_flight = temperature, top_p, max_in_flight
+        self.on_token = on_token
         self.waiting: deque[Request] = deque()
         self.prefixes: OrderedDict[tuple[int, ...], DynamicCache] = OrderedDict()
         self.cache = SharedCache(max_new_tokens, policy.lm.device)
@@ -148,12 +150,14 @@ class Sampler:
 
     def draw(self, logits: Tensor, uniforms: Tensor, rows: list) -> Tensor:
         tokens, logprobs = draw(logits, uniforms, self.temperature, self.top_p)
-        for (_, sample), token, logprob in zip(rows, tokens.tolist(), logprobs.tolist()):
+        for (ticket, sample), token, logprob in zip(rows, tokens.tolist(), logprobs.tolist()):
             if not sample.done:
                 sample.tokens.append(token)
                 sample.logprobs.append(logprob)
                 sample.finished = token in self.eos
                 sample.done = sample.finished or len(sample.tokens) == self.max_new_tokens
+                if self.on_token:
+                    self.on_token(ticket, sample)
         return tokens
 
     def release(self) -> list[tuple[Hashable, list[Sample]]]:

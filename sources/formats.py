@@ -30,11 +30,11 @@ TEXT_FIELDS = ("contents", "content", "text", "passage", "segment", "body")
 
 @dataclass(frozen=True)
 class Passage:
-    """One text of the collection, as the first stage returned it."""
+    """One text of the collection, as a first stage or a reranker returned it."""
 
     docid: str
     text: str
-    score: float  # of the first stage; ties are common, so rank order is what counts
+    score: float  # of who ranked it last; ties are common, so rank order is what counts
 
 
 @dataclass(frozen=True)

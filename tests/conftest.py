@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from tiny_model import save_tiny_model
 
-import rearank
+from engine.sampler import Sampler
 from sources import formats, trec
 from sources.formats import Candidates, Passage
 
@@ -85,7 +85,7 @@ def pull_the_plug():
 
     @contextmanager
     def pulled(after: int):
-        collect, calls = rearank.Sampler.collect, []
+        collect, calls = Sampler.collect, []
 
         def fail_later(self):
             calls.append(1)
@@ -94,7 +94,7 @@ def pull_the_plug():
             return collect(self)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(rearank.Sampler, "collect", fail_later)
+            patch.setattr(Sampler, "collect", fail_later)
             with pytest.raises(SystemExit, match="the plug is pulled"):
                 yield patch
 

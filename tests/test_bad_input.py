@@ -16,10 +16,10 @@ from tiny_model import learn_tokenizer, tiny_model
 from tokenizers import AddedToken, normalizers
 
 import toy
+from agent import encode_window
 from engine.chat import decode_response, encode_chat, reply_opening
 from engine.model import load_lm
 from engine.sampler import Sample
-from rearank import encode_window
 from reward import listwise_reward, ndcg_at_k
 from settings import UserError, read_settings
 from setwise import exact_reward, parse_choice

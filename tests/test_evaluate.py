@@ -18,8 +18,8 @@ import torch
 
 import answers
 import evaluate
-import rearank
-from rearank import Answer, load_agent, rank_batch
+from agent import Answer, load_agent, rank_batch
+from engine.sampler import Sampler
 from settings import AgentSettings, UserError, read_settings
 from sources import formats, trec
 from window import LISTWISE_PROMPT
@@ -212,14 +212,14 @@ def check_same(out: Path, other: Path) -> None:
 
 def count_asked(monkeypatch) -> list:
     asked = []
-    submit = rearank.Sampler.submit
+    submit = Sampler.submit
 
     def count(self, request) -> None:
         if not isinstance(request.ticket, int):  # which is a probe's, as a model is loaded
             asked.append(request)
         submit(self, request)
 
-    monkeypatch.setattr(rearank.Sampler, "submit", count)
+    monkeypatch.setattr(Sampler, "submit", count)
     return asked
 
 

@@ -13,10 +13,10 @@ from test_packed import naive_logprobs, tiny_lm
 from transformers import AutoModelForCausalLM
 
 import grpo
+from agent import load_agent, rank_batch
 from engine import lora
 from engine.model import load_lm, load_policy
 from engine.packed import Group, Policy, pack_row, response_logprobs
-from rearank import load_agent, rank_batch
 from settings import AgentSettings, TrainSettings, UserError
 from sources.formats import read_candidates
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 from conftest import collection
 
-import rearank
+from agent import encode_window, load_agent, rank_batch
 from engine.chat import encode_chat
 from engine.model import end_tokens, load_lm
-from rearank import encode_window, load_agent, rank_batch
 from settings import AgentSettings, UserError
 from sources.formats import Candidates
 from window import Parsed, conversation, windows
@@ -122,7 +121,8 @@ def test_rankings_equal_a_plain_loop_over_generate(agent, tiny, max_in_flight):
             responses.append((query.qid, [p.docid for p in given], response))
             order = permute(response, len(given), True).order
             passages[start:end] = [given[i] for i in order]
-        assert ranked == Candidates(query.qid, query.query, tuple(passages))
+        scored = [replace(p, score=float(len(passages) - i)) for i, p in enumerate(passages)]
+        assert ranked == Candidates(query.qid, query.query, tuple(scored))
     assert sorted(responses) == sorted((a.qid, a.given, a.response) for a in answers)
 
 
@@ -160,7 +160,7 @@ def test_a_querys_opening_turns_are_read_once(agent, monkeypatch):
         read.extend(x.shape[1] for x in ids)  # not of the steps, which only compute logits here
         return forward(*ids, **kwargs)
 
-    encode = rearank.encode_window
+    encode = encode_window
 
     def encoded(*args):
         ids, prefix = encode(*args)
@@ -168,7 +168,7 @@ def test_a_querys_opening_turns_are_read_once(agent, monkeypatch):
         return ids, prefix
 
     monkeypatch.setattr(agent.policy.lm, "forward", counted)
-    monkeypatch.setattr(rearank, "encode_window", encoded)
+    monkeypatch.setattr("agent.encode_window", encoded)
     rank_batch(agent, SETTINGS, [query])
     (prefix,) = {prefix for _, prefix in lengths}
     assert len(lengths) == 4 and prefix > 20  # 9 passages: windows at 5, 3, 1 and 0

@@ -15,8 +15,9 @@ import pytrec_eval
 from test_bm25 import build_index
 
 import evaluate
-import rearank
+from agent import Shown, load_agent, rank_batch
 from engine.provenance import hash_model
+from engine.sampler import Sampler
 from measure import mean, per_query
 from record import default_folder
 from reward import ndcg_at_k
@@ -262,12 +263,10 @@ def test_several_datasets_go_on_where_they_were(monkeypatch, tmp_path, three, ti
         run(patch, *flags, "--output_dir", tmp_path / "out", "--max_in_flight", 3)
     kept = sum(p.read_bytes().count(b"\n") for p in (tmp_path / "out").glob("*/windows.part*"))
     asked = []
-    submit = rearank.Sampler.submit
-    monkeypatch.setattr(
-        rearank.Sampler, "submit", lambda self, r: asked.append(r) or submit(self, r)
-    )
+    submit = Sampler.submit
+    monkeypatch.setattr(Sampler, "submit", lambda self, r: asked.append(r) or submit(self, r))
     run(monkeypatch, *flags, "--output_dir", tmp_path / "out")
-    windows = [r for r in asked if isinstance(r.ticket, rearank.Shown)]  # not the probe's
+    windows = [r for r in asked if isinstance(r.ticket, Shown)]  # not the probe's
     assert kept > 3 and len(windows) == 24 - kept
     for name in three:
         for file in ("run.txt", "windows.jsonl"):
@@ -407,7 +406,7 @@ def test_task_and_prompt_are_the_flags_else_the_models_own_else_the_tasks(traine
     ):
         settled = settle(given)
         assert (settled.task, settled.prompt) == (task, prompt) and settle(settled) == settled
-        agent = rearank.load_agent(given)
+        agent = load_agent(given)
         assert agent.task is TASKS[task] and agent.prompt == load_prompt(prompt)
         said = f"{trained} was trained for setwise, not for listwise\n"
         another = given.model == str(trained) and task == "listwise"
@@ -447,6 +446,6 @@ def test_a_query_too_long_for_the_model_ends_no_other(monkeypatch, capsys, tmp_p
     assert {q: a[q] for q in a if q != "q2"} == {q: b[q] for q in b if q != "q2"}
     assert [docid for docid, _ in a["q2"]] == [p.docid for p in candidates[2].passages]
     assert read(tmp_path / "a")["too_long"] == 4 and read(tmp_path / "b")["too_long"] == 0
-    agent = rearank.load_agent(AgentSettings(model=str(tiny)))
+    agent = load_agent(AgentSettings(model=str(tiny)))
     with pytest.raises(ValueError, match=r"query q2: a prompt of .* exceed the model's 8192"):
-        rearank.rank_batch(agent, AgentSettings(window_size=4, step_size=2), candidates[2:3])
+        rank_batch(agent, AgentSettings(window_size=4, step_size=2), candidates[2:3])
