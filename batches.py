@@ -1,14 +1,17 @@
-"""How a rollout batch goes through the model: in packed rows, shared out over the processes."""
+"""How a batch goes through the model: in packed rows, shared out over the processes; and the
+optimizer's step on it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from engine.packed import Group, Policy, Row, pack_row, response_logprobs
-from engine.parallel import all_reduce, balanced
+from engine.parallel import all_gather, all_reduce, balanced
 from rollout import Rollout
 from settings import TrainSettings
 
@@ -102,3 +105,45 @@ def batches_of_updates(
             for micro in (micro for share in shares for micro in share):
                 micro.old_logprobs = policy(response_logprobs, micro.row, settings.temperature)
     return ((part, share) for part, share in zip(parts, shares) if share)
+
+
+def take_step(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    micros: Sequence[MicroBatch],
+    add_gradient: Callable[[MicroBatch], Sequence[float]],
+    max_grad_norm: float,
+) -> tuple[np.ndarray, float, list[Rollout] | None]:
+    """One step of the optimizer on an update's micro-batches, by all processes together.
+
+    add_gradient: adds a micro-batch's gradient to those that are there; what is to be summed of
+        it, first the loss.
+    Returns these sums over all micro-batches of all processes and the gradient's norm; and None or,
+    where the loss or the gradient is not finite so that no step is made, whose losses were not.
+    """
+    sums, suspects = np.zeros(1), []
+    for micro in micros:
+        added = np.array(add_gradient(micro))
+        sums = sums + added
+        suspects += [] if np.isfinite(added[0]) else micro.rollouts
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
+    norm = float(norm.full_tensor())
+    sums = np.array(all_reduce(sums))
+    offenders = None
+    if np.isfinite([sums[0], norm]).all():
+        optimizer.step()
+    else:
+        offenders = [rollout for found in all_gather(suspects) for rollout in found]
+    optimizer.zero_grad()
+    return sums, norm, offenders
+
+
+@contextmanager
+def training(policy: Policy, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, the policy is in training mode. However it is left, no gradient stays behind."""
+    policy.train()
+    try:
+        yield
+    finally:
+        policy.eval()
+        optimizer.zero_grad()

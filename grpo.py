@@ -18,8 +18,7 @@ What is left out on purpose: a value model, a replay buffer, a reward model, a l
 schedule. Prompts are paid for once (engine/packed.py), weights are sharded by PyTorch's FSDP2.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,14 +33,13 @@ from transformers import HfArgumentParser
 import dry_run
 import presets
 from agent import Agent
-from batches import MicroBatch, batches_of_updates
-from data import TrainingWindow, batch_at, read_training_queries
+from batches import MicroBatch, batches_of_updates, take_step, training
+from data import TrainingWindow, batch_at
 from engine.events import require_tensorboard
 from engine.model import choose_dtype, load_policy, load_reference
 from engine.packed import Policy, response_logprobs
 from engine.parallel import (
     StopSignal,
-    all_gather,
     all_reduce,
     explained,
     gathered,
@@ -60,8 +58,7 @@ from measure import (
 from pages.run import keeper
 from rollout import Rollout, check_longest, offending, readable, rollout_figures, sample_shared
 from settings import DryRunSettings, TrainSettings, UserError, parse_settings, program
-from tasks import TASKS, Task
-from window import Prompt, load_prompt
+from tasks import TASKS, load_task
 
 # ---------------------------------------------------------------------------------- the formulas
 
@@ -212,42 +209,29 @@ def update(
     the weights are then untouched.
     """
     figures, offenders, skipped, largest = [], [], 0, 0.0
+
+    def add(micro: MicroBatch) -> list[float]:
+        nonlocal largest
+        if not figures:
+            check()
+        loss, apart = add_gradient(policy, reference, micro, settings)
+        largest = max(largest, apart.max().item())
+        return [*(x.item() for x in loss), apart.sum().item()]
+
     with training(policy, optimizer):
         for part, micros in batches_of_updates(policy, rollouts, settings):
-            sums, suspects = np.zeros(5), []
-            for micro in micros:
-                if not figures:
-                    check()
-                loss, apart = add_gradient(policy, reference, micro, settings)
-                sums += [*(x.item() for x in loss), apart.sum().item()]
-                largest = max(largest, apart.max().item())
-                suspects += [] if loss.loss.isfinite() else micro.rollouts
-            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm)
-            norm = float(norm.full_tensor())
-            loss, *totals, tokens, apart = all_reduce(sums)
-            if np.isfinite([loss, norm]).all():
-                optimizer.step()
+            sums, norm, whose = take_step(policy, optimizer, micros, add, settings.max_grad_norm)
+            loss, *totals, tokens, apart = sums
+            if whose is None:
                 figures.append((loss, norm, *(total / tokens for total in (*totals, apart))))
             else:
                 skipped += 1
-                offenders += [r for found in all_gather(suspects) for r in found] or part
-            optimizer.zero_grad()
+                offenders += whose or part
     means = np.mean(figures, axis=0) if figures else np.zeros(5)
     names = ("loss", "grad_norm", "kl", "clip_fraction", "mismatch")
     largest = all_reduce([largest], dist.ReduceOp.MAX)[0]
     counts = {"mismatch_max": largest, "skipped_updates": skipped}
     return dict(zip(names, means.tolist())) | counts, offenders
-
-
-@contextmanager
-def training(policy: Policy, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Inside, the policy is in training mode. However it is left, no gradient stays behind."""
-    policy.train()
-    try:
-        yield
-    finally:
-        policy.eval()
-        optimizer.zero_grad()
 
 
 def train(settings: TrainSettings) -> Path:
@@ -327,24 +311,6 @@ def fill_in(settings: TrainSettings) -> TrainSettings:
     prepared, default = presets.prepare(settings), TrainSettings()
     unset = {k: v for k, v in prepared.items() if getattr(settings, k) == getattr(default, k)}
     return replace(settings, **unset)
-
-
-def load_task(settings: TrainSettings) -> tuple[Task, str | Path, Prompt, list[TrainingWindow]]:
-    """(the task, its prompt's file, the prompt, the windows to train on)."""
-    task = TASKS[settings.task]
-    prompt_file = settings.prompt or task.prompt
-    return task, prompt_file, load_prompt(prompt_file), load_windows(task, settings)
-
-
-def load_windows(task: Task, settings: TrainSettings) -> list[TrainingWindow]:
-    """The windows to train on. UserError where there are none."""
-    windows = task.training_set(*read_training_queries(settings), settings)
-    if not windows:
-        raise UserError(
-            f"no training window left of {settings.triples or settings.candidates}: no query has a "
-            "relevant candidate among others (and, listwise, nDCG@10 of at least --min_ndcg)"
-        )
-    return windows
 
 
 @program

@@ -46,6 +46,11 @@ def parse_choice(completion: str, n: int, reasoning: bool = True) -> Parsed:
     )
 
 
+def write_choice(order: Sequence[int]) -> str:
+    """The answer that chooses the first of an order."""
+    return f"[{order[0] + 1}]"
+
+
 # ---------------------------------------------------------------------------------- the reward
 
 

@@ -4,19 +4,28 @@ functions like setwise.py, an entry here, and its name among the choices in sett
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from data import TrainingWindow, choice_training_set, training_set
+from data import TrainingWindow, choice_training_set, read_training_queries, training_set
 from engine.model import file_beside
 from reward import listwise_reward
 from settings import AgentSettings, TrainSettings, UserError
-from setwise import SORTS, exact_reward, graded_reward, parse_choice
+from setwise import SORTS, exact_reward, graded_reward, parse_choice, write_choice
 from sources.formats import Candidates
 from sources.trec import Qrels
-from window import PROMPTS, Parsed, Ranker, parse_ranking, slide
+from window import (
+    PROMPTS,
+    Parsed,
+    Prompt,
+    Ranker,
+    load_prompt,
+    parse_ranking,
+    slide,
+    write_ranking,
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,7 @@ class Task:
     does: str  # what its model does with the passages of a window, for the model card
     prompt: Path  # the conversation, as a TOML file
     parse: Callable[..., Parsed]  # (completion, n, reasoning) -> Parsed
+    write: Callable[[Sequence[int]], str]  # the answer that gives an order, without its tags
     rewards: dict[str, Callable[..., float]]  # by name: (parsed, grades, judged, weights) -> reward
     ranker: Callable[[int, AgentSettings], Ranker]  # of so many candidates
     training_set: Callable[[list[Candidates], Qrels, TrainSettings], list[TrainingWindow]]
@@ -36,6 +46,7 @@ LISTWISE = Task(
     does="reasons about them, and ranks them",
     prompt=PROMPTS / "listwise.toml",
     parse=parse_ranking,
+    write=write_ranking,
     rewards={
         variant: partial(listwise_reward, variant=variant)
         for variant in ("relative", "absolute", "difference")
@@ -50,6 +61,7 @@ SETWISE = Task(
     does="reasons about them, and names the best",
     prompt=PROMPTS / "setwise.toml",
     parse=parse_choice,
+    write=write_choice,
     rewards={"exact": exact_reward, "graded": graded_reward},
     ranker=lambda n, s: SORTS[s.sort](n, s.sort_top, s.window_size - 1),
     training_set=lambda candidates, qrels, s: choice_training_set(
@@ -58,6 +70,24 @@ SETWISE = Task(
 )
 
 TASKS = {"listwise": LISTWISE, "setwise": SETWISE}
+
+
+def load_task(settings: TrainSettings) -> tuple[Task, str | Path, Prompt, list[TrainingWindow]]:
+    """(the task, its prompt's file, the prompt, the windows to train on)."""
+    task = TASKS[settings.task]
+    prompt_file = settings.prompt or task.prompt
+    return task, prompt_file, load_prompt(prompt_file), load_windows(task, settings)
+
+
+def load_windows(task: Task, settings: TrainSettings) -> list[TrainingWindow]:
+    """The windows to train on. UserError where there are none."""
+    windows = task.training_set(*read_training_queries(settings), settings)
+    if not windows:
+        raise UserError(
+            f"no training window left of {settings.triples or settings.candidates}: no query has a "
+            "relevant candidate among others (and, listwise, nDCG@10 of at least --min_ndcg)"
+        )
+    return windows
 
 
 def settle(settings: AgentSettings) -> AgentSettings:

@@ -176,6 +176,11 @@ def parse_ranking(completion: str, n: int, reasoning: bool = True) -> Parsed:
     )
 
 
+def write_ranking(order: Sequence[int]) -> str:
+    """The answer that ranks 0-based positions in this order."""
+    return " > ".join(f"[{position + 1}]" for position in order)
+
+
 # --------------------------------------------------------------------------------- the sliding
 
 # A ranker of n candidates. It yields batches of windows, each a list of 0-based candidates in the

@@ -30,7 +30,7 @@ from grpo import group_advantages, k3, policy_loss
 from rollout import Rollout
 from settings import TrainSettings, UserError
 from sources import formats, trec
-from tasks import TASKS
+from tasks import TASKS, load_windows
 from window import load_prompt
 
 ROOT = Path(__file__).parents[1]
@@ -566,9 +566,7 @@ def test_a_reward_of_another_task_is_an_error(small, tiny, tmp_path):
 
 def test_a_training_set_of_the_real_data(dl19):
     candidates, qrels = map(str, dl19)
-    instances = grpo.load_windows(
-        TASKS["listwise"], TrainSettings(candidates=candidates, qrels=qrels)
-    )
+    instances = load_windows(TASKS["listwise"], TrainSettings(candidates=candidates, qrels=qrels))
     assert 1000 < len(instances) < 43 * 50
     assert all(len(i.passages) == 20 and max(i.grades) > 0 for i in instances)
 
@@ -596,4 +594,4 @@ def test_no_window_left_is_an_error(small, tmp_path):
     settings = TrainSettings(candidates=str(small[0]), qrels=str(tmp_path / "qrels.txt"))
     for task in TASKS.values():
         with pytest.raises(UserError, match="no training window left"):
-            grpo.load_windows(task, settings)
+            load_windows(task, settings)
