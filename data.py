@@ -14,17 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers import HfArgumentParser
 
+from flags import parse_settings, program
 from reward import ndcg_at_k
-from settings import (
-    DataSettings,
-    SourceSettings,
-    TrainSettings,
-    UserError,
-    parse_settings,
-    program,
-)
+from settings import DataSettings, SourceSettings, TrainSettings, UserError
 from sources.formats import Candidates, Passage, read_candidates, read_triples
 from sources.load import load_each, refuse_files_of_many
 from sources.lucene import NotDownloaded
@@ -254,12 +247,11 @@ def refuse_overlap(
 
 @program
 def main() -> None:
-    parser = HfArgumentParser(
-        (SourceSettings, DataSettings), allow_abbrev=False, description=__doc__.split("\n")[0]
-    )
     meaning = f"names of datasets or groups; default, without files: {' '.join(REARANK)}"
-    parser.add_argument("datasets", nargs="*", help=meaning)
-    sources, settings, inputs = parse_settings(parser)
+    sources, settings, inputs = parse_settings(
+        *(__doc__, SourceSettings, DataSettings),
+        positional={"datasets": {"nargs": "*", "help": meaning}},
+    )
     files = [value for name, value in asdict(sources).items() if name != "top_k" and value]
     build_training_set(expand(inputs.datasets or ([] if files else REARANK)), sources, settings)
 

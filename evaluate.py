@@ -22,21 +22,14 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from transformers import HfArgumentParser
 
 from agent import Answer, Known, Shown, load_agent, rank_batch, rank_windows
 from answers import UNFINISHED, begin, claimed, kept_windows
 from engine.parallel import StopSignal, is_out_of_memory, processes, say, together
+from flags import parse_settings, program
 from measure import Evaluation, Reranker, judged_queries, measure_all
 from record import deciding_facts, default_folder, full_record
-from settings import (
-    AgentSettings,
-    EvaluateSettings,
-    SourceSettings,
-    UserError,
-    parse_settings,
-    program,
-)
+from settings import AgentSettings, EvaluateSettings, SourceSettings, UserError
 from sources.formats import Candidates
 from sources.load import JudgedSet, load_each, refuse_files_of_many
 from sources.registry import GROUPS, expand
@@ -211,14 +204,11 @@ def output_folders(
 
 @program
 def main() -> None:
-    parser = HfArgumentParser(
-        (SourceSettings, EvaluateSettings, AgentSettings),
-        allow_abbrev=False,
-        description=__doc__.split("\n")[0],
-    )
     meaning = f"names of datasets (docs/data.md) or of groups: {', '.join(GROUPS)}"
-    parser.add_argument("datasets", nargs="*", help=meaning)
-    sources, settings, agent_settings, inputs = parse_settings(parser)
+    sources, settings, agent_settings, inputs = parse_settings(
+        *(__doc__, SourceSettings, EvaluateSettings, AgentSettings),
+        positional={"datasets": {"nargs": "*", "help": meaning}},
+    )
     evaluate(expand(inputs.datasets), sources, settings, agent_settings)
 
 

@@ -12,9 +12,8 @@ several datasets, into a folder each.
 
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
-from settings import FirstStageSettings, SourceSettings, UserError, parse_settings, program
+from flags import parse_settings, program
+from settings import FirstStageSettings, SourceSettings, UserError
 from sources.load import load, refuse_files_of_many
 from sources.naming import folder_name
 from sources.registry import GROUPS, expand
@@ -46,14 +45,11 @@ def write_first_stages(names: list[str], sources: SourceSettings, output_dir: st
 
 @program
 def main() -> None:
-    parser = HfArgumentParser(
-        (SourceSettings, FirstStageSettings),
-        allow_abbrev=False,
-        description=__doc__.split("\n")[0],
-    )
     meaning = f"names of datasets (docs/data.md) or of groups: {', '.join(GROUPS)}"
-    parser.add_argument("datasets", nargs="*", help=meaning)
-    sources, settings, inputs = parse_settings(parser)
+    sources, settings, inputs = parse_settings(
+        *(__doc__, SourceSettings, FirstStageSettings),
+        positional={"datasets": {"nargs": "*", "help": meaning}},
+    )
     write_first_stages(expand(inputs.datasets), sources, settings.output_dir)
 
 

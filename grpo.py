@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import HfArgumentParser
 
 import dry_run
 import presets
@@ -49,6 +48,7 @@ from engine.parallel import (
 )
 from engine.run import Run, model_card
 from engine.streams import make_unbreakable
+from flags import parse_settings, program
 from measure import (
     load_held_out,
     measure_held_out,
@@ -57,7 +57,7 @@ from measure import (
 )
 from pages.run import keeper
 from rollout import Rollout, check_longest, offending, readable, rollout_figures, sample_shared
-from settings import DryRunSettings, TrainSettings, UserError, parse_settings, program
+from settings import DryRunSettings, TrainSettings, UserError
 from tasks import TASKS, load_task
 
 # ---------------------------------------------------------------------------------- the formulas
@@ -316,10 +316,7 @@ def fill_in(settings: TrainSettings) -> TrainSettings:
 @program
 def main() -> None:
     make_unbreakable()
-    parser = HfArgumentParser(
-        (TrainSettings, DryRunSettings), allow_abbrev=False, description=__doc__.split("\n")[0]
-    )
-    settings, how = parse_settings(parser, presets.PRESETS)
+    settings, how = parse_settings(__doc__, TrainSettings, DryRunSettings, presets=presets.PRESETS)
     if how.dry_run:
         print(dry_run.table(settings, how, add_gradient))
     else:

@@ -12,7 +12,8 @@ import torch
 
 from engine import lora
 from engine.model import load_config, load_lm
-from settings import UserError, program
+from flags import program
+from settings import UserError
 
 
 @program

@@ -7,25 +7,24 @@ python rearank.py "how do tides work" passages.txt --model OUT --prompt my_promp
 import textwrap
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
 from agent import Answer, load_agent, rank_batch
-from settings import AgentSettings, parse_settings, program
+from flags import parse_settings, program
+from settings import AgentSettings, UserError
 from sources.formats import Candidates, Passage
 
 
 @program
 def main() -> None:
-    parser = HfArgumentParser(AgentSettings, allow_abbrev=False, description=__doc__.split("\n")[0])
-    parser.add_argument("query")
-    parser.add_argument("passages", type=Path, help="a text file, one passage a line")
-    settings, inputs = parse_settings(parser)
+    passages = {"type": Path, "help": "a text file, one passage a line"}
+    settings, inputs = parse_settings(
+        __doc__, AgentSettings, positional={"query": {}, "passages": passages}
+    )
     try:
         lines = [line for line in inputs.passages.read_text("utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        parser.error(f"{inputs.passages}: cannot read passages: {error}")
+        raise UserError(f"{inputs.passages}: cannot read passages: {error}") from None
     if not lines:
-        parser.error(f"{inputs.passages}: no passage in it (expected one a line)")
+        raise UserError(f"{inputs.passages}: no passage in it (expected one a line)")
 
     def show(answer: Answer) -> None:
         print(f"\nWindow of passages {', '.join(answer.given)}:", end="")

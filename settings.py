@@ -1,47 +1,40 @@
-"""Every setting of every program, each with its meaning; and how flags, files and presets set them.
+"""Every setting of every program, each with its meaning and its range.
 
-A program's settings are one dataclass. Its fields are the flags, their defaults the programs' own.
+A program's settings are one dataclass. Its fields are the flags, their defaults the programs' own;
+flags.py reads them, and refuses a number that is out of its range.
 """
 
-import json
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
-from functools import wraps
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
-
-import yaml
-from transformers import HfArgumentParser
 
 
 class UserError(ValueError):
     """What a user can mend or must know. Its message stands alone, and a program ends with it."""
 
 
-def program(main: Callable[[], None]) -> Callable[[], None]:
-    """`main` as a program: an error that a user can mend ends it with one message, no traceback."""
-
-    @wraps(main)
-    def run() -> None:
-        try:
-            main()
-        except (UserError, OSError) as error:
-            raise SystemExit(str(error)) from None
-
-    return run
-
-
-def setting(default: Any, meaning: str, choices: Sequence[str] | None = None) -> Any:
+def setting(
+    default: Any,
+    meaning: str,
+    choices: Sequence[str] = (),
+    within: tuple[float, float] | None = None,  # of a number: the least and the most it may be
+    or_zero: bool = False,  # 0 means something of its own, and is below the least
+    count: int = 0,  # of a list: how many there must be; 0: any
+) -> Any:
     """A field of a settings dataclass, with the line that --help shows for it."""
-    metadata = {"help": meaning.replace("%", "%%")}
-    if choices:
-        metadata["choices"] = list(choices)
+    metadata = {
+        "help": meaning,
+        "choices": choices,
+        "within": within,
+        "or_zero": or_zero,
+        "count": count,
+    }
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
+MANY = 1_000_000  # more than anybody means, and few enough to end
 MODEL = "Qwen/Qwen2.5-7B-Instruct"
 MODEL_MEANING = "Hugging Face name or folder of a causal LM, or of an adapter"
 PROMPT_MEANING = "TOML file with every turn's text; default: the task's own"
@@ -72,9 +65,11 @@ class TrainSettings:
     )
     output_dir: str = setting("", "default: runs/TASK-DATE-TIME")
     # the training windows
-    window_size: int = setting(20, "passages the model sees at once")
-    draws: int = setting(50, "windows drawn per query")
-    min_ndcg: float = setting(0.1, "listwise: windows under this nDCG@10 are dropped")
+    window_size: int = setting(20, "passages the model sees at once", within=(2, 1000))
+    draws: int = setting(50, "windows drawn per query", within=(1, 10_000))
+    min_ndcg: float = setting(
+        0.1, "listwise: windows under this nDCG@10 are dropped", within=(0, 1)
+    )
     ndcg_filter: str = setting(
         "initial",
         "which nDCG@10: of the order given, or the best reachable; the paper says both",
@@ -84,32 +79,50 @@ class TrainSettings:
     reward: str = setting(
         "", "listwise: relative, absolute, difference; setwise: exact, graded; default: the first"
     )
-    weights: list[float] = setting([0.8, 0.1, 0.1], "listwise: of r_rank, r_format1, r_format2")
+    weights: list[float] = setting(
+        [0.8, 0.1, 0.1], "listwise: of r_rank, r_format1, r_format2", within=(0, 1000), count=3
+    )
     # sampling
-    steps: int = setting(160, "rollout batches to train on")
-    batch_size: int = setting(128, "prompts per step (B), over all processes")
-    group_size: int = setting(32, "responses per prompt (G)")
-    max_new_tokens: int = setting(2048, "length limit of a response, in tokens")
-    temperature: float = setting(1.0, "of the sampling; log-probabilities are taken at it too")
-    max_in_flight: int = setting(256, IN_FLIGHT_MEANING)
+    steps: int = setting(160, "rollout batches to train on", within=(1, MANY))
+    batch_size: int = setting(128, "prompts per step (B), over all processes", within=(1, 65_536))
+    group_size: int = setting(32, "responses per prompt (G)", within=(2, 65_536))
+    max_new_tokens: int = setting(2048, "length limit of a response, in tokens", within=(1, MANY))
+    temperature: float = setting(
+        1.0, "of the sampling; log-probabilities are taken at it too", within=(0.01, 100)
+    )
+    max_in_flight: int = setting(256, IN_FLIGHT_MEANING, within=(1, 65_536))
     resample: int = setting(
-        0, "how often a group of equal rewards is sampled again, for another window"
+        0,
+        "how often a group of equal rewards is sampled again, for another window",
+        within=(0, 1000),
     )
     # the update
-    updates_per_batch: int = setting(1, "optimizer steps per rollout batch, each on its share")
-    learning_rate: float = setting(1e-6, "of AdamW, constant (not in the paper)")
-    beta: float = setting(0.001, "weight of the KL; 0: no reference (the paper gives no value)")
-    lora_rank: int = setting(0, "train a LoRA adapter of this rank (Rank-R1: 16); 0: all weights")
-    lora_alpha: int = setting(32, "the adapter is scaled by lora_alpha / lora_rank")
-    clip: float = setting(0.2, "eps: how far the ratio may move before its gradient stops")
+    updates_per_batch: int = setting(
+        1, "optimizer steps per rollout batch, each on its share", within=(1, 65_536)
+    )
+    learning_rate: float = setting(1e-6, "of AdamW, constant (not in the paper)", within=(1e-12, 1))
+    beta: float = setting(
+        0.001, "weight of the KL; 0: no reference (the paper gives no value)", within=(0, 1000)
+    )
+    lora_rank: int = setting(
+        0, "train a LoRA adapter of this rank (Rank-R1: 16); 0: all weights", within=(0, 10_000)
+    )
+    lora_alpha: int = setting(
+        32, "the adapter is scaled by lora_alpha / lora_rank", within=(1, MANY)
+    )
+    clip: float = setting(
+        0.2, "eps: how far the ratio may move before its gradient stops", within=(1e-6, 1)
+    )
     average: str = setting(
         "sequence",
         "mean over each response's tokens, then over responses; or over all tokens alike",
         ["sequence", "token"],
     )
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
+    max_grad_norm: float = setting(
+        1.0, "gradients are scaled down to this norm", within=(1e-6, 1e6)
+    )
     max_tokens_per_micro_batch: int = setting(
-        32768, "distinct tokens in memory at once per process; changes no result"
+        32768, "distinct tokens in memory at once per process; changes no result", within=(1, 10**9)
     )
     activation_checkpointing: bool = setting(True, "recompute layers in backward: less memory")
     dtype: str = setting(
@@ -117,14 +130,20 @@ class TrainSettings:
         "to compute in; auto: bfloat16 on a GPU, float32 on a CPU; kept is always float32",
         ["auto", "bfloat16", "float32"],
     )
-    seed: int = setting(0, "of the windows drawn, their order, and the sampling")
+    seed: int = setting(
+        0, "of the windows drawn, their order, and the sampling", within=(0, 2**32 - 1)
+    )
     tensorboard: bool = setting(False, "write the figures as TensorBoard's event files, too")
     # what may go wrong
     checkpoint_every: int = setting(
-        10, "steps between checkpoints; the same --output_dir goes on from the last"
+        10,
+        "steps between checkpoints; the same --output_dir goes on from the last",
+        within=(1, MANY),
     )
-    keep_checkpoints: int = setting(2, "how many checkpoints stay, the newest")
-    max_skipped: int = setting(10, "updates that were not finite before training stops")
+    keep_checkpoints: int = setting(2, "how many checkpoints stay, the newest", within=(1, MANY))
+    max_skipped: int = setting(
+        10, "updates that were not finite before training stops", within=(0, MANY)
+    )
 
 
 @dataclass
@@ -132,12 +151,18 @@ class DryRunSettings:
     """What grpo.py would take, without doing it (dry_run.py)."""
 
     dry_run: bool = setting(False, "run one step on tensors without contents, and tell its cost")
-    processes: int = setting(8, "dry run: GPUs")
-    prompt_tokens: int = setting(3000, "dry run: of every prompt")
-    response_tokens: int = setting(0, "dry run: of every response; default: --max_new_tokens")
-    tflops: float = setting(400.0, "dry run: TFLOP/s of a GPU in matrix products")
-    tbytes: float = setting(3.0, "dry run: TB/s that a GPU reads of its memory")
-    network: float = setting(0.3, "dry run: TB/s that a GPU receives from the others")
+    processes: int = setting(8, "dry run: GPUs", within=(1, MANY))
+    prompt_tokens: int = setting(3000, "dry run: of every prompt", within=(1, MANY))
+    response_tokens: int = setting(
+        0, "dry run: of every response; default: --max_new_tokens", within=(0, MANY)
+    )
+    tflops: float = setting(
+        400.0, "dry run: TFLOP/s of a GPU in matrix products", within=(1e-3, 1e9)
+    )
+    tbytes: float = setting(3.0, "dry run: TB/s that a GPU reads of its memory", within=(1e-6, 1e6))
+    network: float = setting(
+        0.3, "dry run: TB/s that a GPU receives from the others", within=(1e-6, 1e6)
+    )
 
 
 # They change no result, or only how far it goes; a run that goes on may have others.
@@ -161,16 +186,18 @@ class AgentSettings:
         "",
         "TOML file with every turn's text; default: the model's own prompt.toml, else the task's",
     )
-    window_size: int = setting(20, "passages the model sees at once")
-    step_size: int = setting(10, "listwise: how far the window moves up")
+    window_size: int = setting(20, "passages the model sees at once", within=(2, 1000))
+    step_size: int = setting(10, "listwise: how far the window moves up", within=(1, 1000))
     sort: str = setting(
         "heapsort", "setwise: how choices become a ranking", ["bubblesort", "heapsort"]
     )
-    sort_top: int = setting(10, "setwise: how many of the best are sorted out")
-    max_new_tokens: int = setting(2048, "length limit of a response, in tokens")
-    temperature: float = setting(0.0, "sampling temperature; 0 is greedy")
-    max_in_flight: int = setting(64, IN_FLIGHT_MEANING)
-    seed: int = setting(0, "of the sampling, where the temperature is not 0")
+    sort_top: int = setting(10, "setwise: how many of the best are sorted out", within=(1, 1000))
+    max_new_tokens: int = setting(2048, "length limit of a response, in tokens", within=(1, MANY))
+    temperature: float = setting(
+        0.0, "sampling temperature; 0 is greedy", within=(0.01, 100), or_zero=True
+    )
+    max_in_flight: int = setting(64, IN_FLIGHT_MEANING, within=(1, 65_536))
+    seed: int = setting(0, "of the sampling, where the temperature is not 0", within=(0, 2**32 - 1))
     dtype: str = setting(
         "auto",
         "of the weights; auto: bfloat16 on a GPU, float32 on a CPU",
@@ -196,7 +223,7 @@ class SourceSettings:
     exclude: str = setting("", "docids that are no candidates: lines of qid and docid (BRIGHT's)")
     beir: str = setting("", "a BEIR folder: its corpus.jsonl, queries.jsonl and qrels/test.tsv")
     table: str = setting("", "instead of all that, a CSV or TSV of query, passage, label")
-    top_k: int = setting(100, "candidates per query")
+    top_k: int = setting(100, "candidates per query", within=(1, MANY))
 
 
 @dataclass
@@ -210,15 +237,15 @@ class FirstStageSettings:
 class DataSettings:
     """data.py's: the training set of REARANK, or of other queries made the same way."""
 
-    window_size: int = setting(20, "passages of a window")
-    draws: int = setting(50, "windows drawn per query")
-    min_ndcg: float = setting(0.1, "windows under this nDCG@10 are dropped")
+    window_size: int = setting(20, "passages of a window", within=(2, 1000))
+    draws: int = setting(50, "windows drawn per query", within=(1, 10_000))
+    min_ndcg: float = setting(0.1, "windows under this nDCG@10 are dropped", within=(0, 1))
     ndcg_filter: str = setting(
         "initial",
         "which nDCG@10: of the order given, or the best reachable; the paper says both",
         ["initial", "best"],
     )
-    seed: int = setting(0, "of the windows drawn")
+    seed: int = setting(0, "of the windows drawn", within=(0, 2**32 - 1))
     evaluation: list[str] = setting(
         [],
         "files of queries (topics or candidates) that must not be trained on; dl19's and "
@@ -240,51 +267,3 @@ class EvaluateSettings:
     output_dir: str = setting(
         "", "where to write; default: runs/DATASET-MODEL-..., named after the settings"
     )
-
-
-def read_settings(path: str | Path) -> dict[str, Any]:
-    """The settings in a .yaml, .yml or .json file: one mapping, names as on the command line."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        loaded = json.loads(text) if str(path).endswith(".json") else yaml.safe_load(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot read settings: {error}") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path}: expected a mapping of settings, like 'steps: 160'")
-    return loaded
-
-
-def parse_settings(
-    parser: HfArgumentParser, presets: dict[str, dict[str, Any]] | None = None
-) -> tuple:
-    """One instance of each of the parser's dataclasses (then a namespace of other arguments).
-
-    A preset (--preset NAME) comes first, a settings file (a first argument that ends in .yaml,
-    .yml or .json) over it, flags over both. What no dataclass holds is an error, in all three.
-    """
-    args = sys.argv[1:]
-    if args and Path(args[0]).suffix in (".yaml", ".yml", ".json"):
-        path, *args = args
-        known = {f.name for settings in parser.dataclass_types for f in fields(settings)}
-        for name, value in read_settings(path).items():
-            if name not in known:
-                parser.error(f"{path}: unknown setting {name!r}")
-            flag = f"--{name}"
-            values = [str(item) for item in value] if isinstance(value, list) else [str(value)]
-            # In front of the command line's own, so that those win; parsed alike, so checked alike.
-            args = [flag, *values, *args]
-    for arg in args:
-        # Before argparse takes the value of a misspelt flag for a positional argument.
-        if arg.startswith("--") and arg.partition("=")[0] not in parser._option_string_actions:
-            parser.error(f"unknown flag {arg}")
-    if presets:
-        chooser = HfArgumentParser((), add_help=False, allow_abbrev=False)
-        chooser.add_argument("--preset", choices=sorted(presets))
-        chosen, _ = chooser.parse_known_args(args)
-        parser.set_defaults(**presets.get(chosen.preset, {}))
-    *parsed, unknown = parser.parse_args_into_dataclasses(
-        args, return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
-    return tuple(parsed)

@@ -20,7 +20,8 @@ import answers
 import evaluate
 from agent import Answer, load_agent, rank_batch
 from engine.sampler import Sampler
-from settings import AgentSettings, UserError, read_settings
+from flags import read_settings
+from settings import AgentSettings, UserError
 from sources import formats, trec
 from window import LISTWISE_PROMPT
 
@@ -121,7 +122,7 @@ def test_queries_without_candidates_count_as_zero(monkeypatch, capsys, tmp_path,
         (["dl18"], "no dataset 'dl18': there are dl19, dl20"),
         (["--rerankr", "none"], "unknown flag --rerankr"),
         (["--step_size", "30", "{}"], "step_size must be 1 to window_size"),
-        (["--window_size", "1", "{}"], "window_size must be at least 2"),
+        (["--window_size", "1", "{}"], "--window_size 1: expected a whole number from 2 to 1,000"),
     ],
 )
 def test_wrong_input_is_named(monkeypatch, capsys, tmp_path, small, args, message):

@@ -576,8 +576,8 @@ def test_a_training_set_of_the_real_data(dl19):
     [
         ([], "training needs --candidates and --qrels"),
         (["--stepz", "3"], "unknown flag --stepz"),
-        (["--preset", "tiny"], "invalid choice: 'tiny'"),
-        (["--average", "median"], "invalid choice: 'median'"),
+        (["--preset", "tiny"], "--preset tiny: expected one of toy, rearank, rank-r1"),
+        (["--average", "median"], "--average median: expected one of sequence, token"),
         (["--batch_size", "1", "--updates_per_batch", "2"], "--batch_size 1 must be at least"),
     ],
 )

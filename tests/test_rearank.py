@@ -146,9 +146,9 @@ def test_the_command(tiny, tmp_path):
         "wind and rain",
     ]
     wrong_flag = command("q", str(passages), "--windowsize", "3")
-    assert wrong_flag.returncode == 2 and "--windowsize" in wrong_flag.stderr
+    assert wrong_flag.returncode == 1 and "--windowsize" in wrong_flag.stderr
     no_file = command("q", str(tmp_path / "none.txt"), *flags)
-    assert no_file.returncode == 2 and "none.txt" in no_file.stderr
+    assert no_file.returncode == 1 and "none.txt" in no_file.stderr
 
 
 def test_a_querys_opening_turns_are_read_once(agent, monkeypatch):
