@@ -133,6 +133,11 @@ class LocalModel:
 
     def collect(self) -> Iterable[tuple[Shown, Response]]:
         for shown, (sample,) in self.sampler.collect():
+            if not sample.finite:
+                raise UserError(
+                    f"query {shown.query.qid}: the model's logits are not finite in "
+                    f"{self.settings.dtype}: try --dtype bfloat16 or float32"
+                )
             text = decode_response(self.agent.tokenizer, sample)
             yield shown, Response(text, len(sample.tokens), cut_off=not sample.finished)
 

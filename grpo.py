@@ -204,11 +204,14 @@ def update(
     """The optimizer steps on one rollout batch, which every process holds whole.
 
     Returns their mean loss, gradient norm, KL, share of clipped tokens, and mean difference between
-    update and sampling, with the largest; and how many steps were skipped because the loss or the
-    gradient was not finite, with the rollouts of those. `check` may raise before the first step;
+    update and sampling, with the largest; and how many steps were skipped because logits, loss or
+    gradient were not finite, with the rollouts of those. `check` may raise before the first step;
     the weights are then untouched.
     """
-    figures, offenders, skipped, largest = [], [], 0, 0.0
+    figures, largest = [], 0.0
+    # Where the policy could not sample, its loss would not be finite either.
+    offenders = [rollout for rollout in rollouts if not rollout.finite()]
+    skipped, usable = len(offenders[:1]), [] if offenders else rollouts
 
     def add(micro: MicroBatch) -> list[float]:
         nonlocal largest
@@ -219,7 +222,7 @@ def update(
         return [*(x.item() for x in loss), apart.sum().item()]
 
     with training(policy, optimizer):
-        for part, micros in batches_of_updates(policy, rollouts, settings):
+        for part, micros in batches_of_updates(policy, usable, settings):
             sums, norm, whose = take_step(policy, optimizer, micros, add, settings.max_grad_norm)
             loss, *totals, tokens, apart = sums
             if whose is None:

@@ -29,9 +29,9 @@ from agent import Agent, Answer, Known, rank_batch
 from answers import METRICS, PARTS, UNFINISHED, json_line
 from data import TrainingWindow, refuse_overlap
 from engine.files import write_whole
-from engine.parallel import StopSignal, all_gather, balanced, gathered, say
+from engine.parallel import StopSignal, all_gather, balanced, explained, gathered, say
 from pages.reader import keep_reader
-from rollout import sample_shared
+from rollout import encode_prompt, sample_shared, windows_at_once
 from settings import AgentSettings, TrainSettings, UserError
 from sources.formats import Candidates, read_candidates
 from sources.trec import Qrels, read_qrels, write_run
@@ -270,15 +270,19 @@ def measure_held_out(
     if not again:
         return json.loads((output_dir / "held_out.json").read_text())
     candidates, qrels = queries
+    greedy = replace(settings, temperature=0.0, group_size=1, draws=3)
+    windows = list(enumerate(agent.task.training_set(candidates, qrels, greedy)))
+    # Here each window has a prompt of its own, in training a group shares one.
+    longest = max((len(encode_prompt(agent, window)) for _, window in windows), default=1)
+    at_once = windows_at_once(settings, longest)
+    greedy = replace(greedy, max_in_flight=at_once)
     agent_settings = AgentSettings(
         window_size=settings.window_size,
         step_size=max(1, settings.window_size // 2),
         max_new_tokens=settings.max_new_tokens,
-        max_in_flight=settings.max_in_flight,
+        max_in_flight=at_once,
     )
-    greedy = replace(settings, temperature=0.0, group_size=1, draws=3)
-    windows = list(enumerate(agent.task.training_set(candidates, qrels, greedy)))
-    with gathered(agent.policy):
+    with explained("sampling"), gathered(agent.policy):
         rerank = partial(rank_batch, agent, agent_settings, keep_too_long=True)
         (metrics,) = measure_all([Evaluation(candidates, qrels, output_dir)], rerank)
         rollouts = sample_shared(agent, windows, (0,), greedy, stop)

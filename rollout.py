@@ -44,6 +44,10 @@ class Rollout:
         """Distinct ones: what an update on this group costs."""
         return len(self.prompt) + sum(len(sample.tokens) for sample in self.samples)
 
+    def finite(self) -> bool:
+        """Whether all logits were that it was sampled from."""
+        return all(sample.finite for sample in self.samples)
+
 
 def sample_shared(
     agent: Agent,

@@ -9,6 +9,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from math import isfinite
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ class Sample:
     logprobs: list[float] = field(default_factory=list)
     done: bool = False
     finished: bool = False  # done by an end-of-sequence token, not by the length limit
+    finite: bool = True  # False: it ends where logits were not finite
 
 
 def draw(
@@ -61,7 +63,7 @@ def draw(
         # Rounding must not reach past the last token that has any probability.
         at = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
         tokens = torch.searchsorted(cumulative, at, right=True)[:, 0]
-        # Logits that are not finite point past the end; the update will see and skip them.
+        # Logits that are not finite point past the end; the caller sees it by the logprob.
         tokens = tokens.clamp(max=logits.shape[-1] - 1)
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
@@ -154,8 +156,10 @@ class Sampler:
             if not sample.done:
                 sample.tokens.append(token)
                 sample.logprobs.append(logprob)
-                sample.finished = token in self.eos
-                sample.done = sample.finished or len(sample.tokens) == self.max_new_tokens
+                sample.finite = isfinite(logprob)
+                sample.finished = sample.finite and token in self.eos
+                full = len(sample.tokens) == self.max_new_tokens
+                sample.done = sample.finished or full or not sample.finite
                 if self.on_token:
                     self.on_token(ticket, sample)
         return tokens
