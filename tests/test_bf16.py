@@ -19,10 +19,10 @@ from test_grpo import GROUPS, ROOT, metrics, quick, rollouts_of, run_grpo
 from test_packed import naive_logprobs, tiny_lm
 
 import grpo
+from agent import load_agent, rank_batch
 from engine.packed import Policy
 from engine.parallel import shard
 from grpo import policy_loss
-from agent import load_agent, rank_batch
 from settings import AgentSettings, TrainSettings, UserError
 from sources.formats import read_candidates
 
