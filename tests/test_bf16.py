@@ -144,7 +144,7 @@ def test_an_evaluation_ends_where_logits_are_not_finite(small, tiny):
     how = AgentSettings(model=str(tiny), window_size=4, step_size=2, max_new_tokens=9)
     agent = load_agent(how)
     agent.policy.lm.model.norm.weight.data *= 1e38  # finite weights whose logits overflow
-    with pytest.raises(UserError, match="query .* logits are not finite in auto: try --dtype"):
+    with pytest.raises(UserError, match=r"query .* logits are not finite in auto: try --dtype"):
         rank_batch(agent, how, read_candidates(small[0]))
 
 
