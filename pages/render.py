@@ -28,7 +28,8 @@ def script_json(data: Any) -> Markup:
 
 
 def render(kind: str, data: Any, **values: Any) -> str:
-    """A page ("run" or "reader"): its template filled in with values, and `data` for its script."""
+    """A page ("run", "reader" or "comparison"): its template filled in with values, and `data` for
+    its script."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,

@@ -5,11 +5,14 @@ Skipped where there is no chromium with its driver (apt-get install chromium chr
 """
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from page_data import HOSTILE, fake_evaluation, fake_run
+from test_compare import fake
 
+import compare
 from engine.files import read_lines
 from pages import reader, run
 
@@ -103,6 +106,28 @@ def silent(browser):
     browser.complaints()
     yield
     assert browser.complaints() == []
+
+
+# -------------------------------------------------------------------------------- a comparison
+
+
+def test_a_comparison_opens_its_queries_and_fits_a_phone(browser, tmp_path, monkeypatch):
+    """With queries that would be scripts."""
+    folders = [fake(tmp_path / "a"), fake(tmp_path / "b", gain=-0.05, seed=3)]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, folders)])
+    compare.main()
+    page = tmp_path / "comparison.html"
+    browser.open(page, dark=True)
+    assert browser.one("output").text == "8 of 8" and len(browser.all("figure svg")) == 3
+    browser.all("tr.row")[0].click()
+    assert any(text in browser.one("tr.detail").text for text in HOSTILE[:2])
+    assert len(browser.all("tr.detail li")) == 2
+    browser.one("input[type=search]").send_keys("q3")
+    assert browser.one("output").text == "1 of 8"
+    assert browser.js("return window.pwned") is None
+    browser.open(page, width=390)
+    assert browser.js("return document.documentElement.scrollWidth") <= 390
 
 
 # ---------------------------------------------------------------------------------- a run's page
