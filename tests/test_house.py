@@ -51,3 +51,10 @@ def test_the_tasks_are_those_that_the_settings_offer():
     for settings, own in ((TrainSettings, []), (AgentSettings, [""])):
         choices = settings.__dataclass_fields__["task"].metadata["choices"]
         assert choices == [*own, *TASKS]  # "": the model's own
+
+
+def test_pip_install_says_that_there_is_nothing_to_install(tmp_path):
+    pip = [sys.executable, "-m", "pip", "install", "--no-index", "--target", tmp_path, ROOT]
+    done = subprocess.run(pip, capture_output=True, text=True)
+    assert done.returncode == 1 and not list(tmp_path.iterdir())
+    assert "no package: pip install -r requirements.txt, and run the programs" in done.stderr
