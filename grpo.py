@@ -56,7 +56,7 @@ from measure import (
     say_what_was_gained,
 )
 from pages.run import keeper
-from rollout import Rollout, check_longest, offending, readable, rollout_figures, sample_shared
+from rollout import Rollout, drop_too_long, offending, readable, rollout_figures, sample_shared
 from settings import DryRunSettings, TrainSettings, UserError
 from tasks import TASKS, load_task
 
@@ -254,7 +254,7 @@ def train(settings: TrainSettings) -> Path:
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, settings.learning_rate, weight_decay=0.0, fused=True)
         agent = Agent(policy, tokenizer, prompt, task)
-        check_longest(agent, windows, settings)
+        windows, _ = drop_too_long(agent, windows, settings)
 
         # Where the run writes, and how far it has come: a new one, or one that was interrupted.
         say(f"{len(windows)} training windows")

@@ -31,7 +31,7 @@ from data import TrainingWindow, refuse_overlap
 from engine.files import write_whole
 from engine.parallel import StopSignal, all_gather, balanced, explained, gathered, say
 from pages.reader import keep_reader
-from rollout import encode_prompt, sample_shared, windows_at_once
+from rollout import drop_too_long, sample_shared, windows_at_once
 from settings import AgentSettings, TrainSettings, UserError
 from sources.formats import Candidates, read_candidates
 from sources.trec import Qrels, read_qrels, write_run
@@ -271,9 +271,9 @@ def measure_held_out(
         return json.loads((output_dir / "held_out.json").read_text())
     candidates, qrels = queries
     greedy = replace(settings, temperature=0.0, group_size=1, draws=3)
-    windows = list(enumerate(agent.task.training_set(candidates, qrels, greedy)))
+    windows = agent.task.training_set(candidates, qrels, greedy)
+    windows, longest = drop_too_long(agent, windows, settings)
     # Here each window has a prompt of its own, in training a group shares one.
-    longest = max((len(encode_prompt(agent, window)) for _, window in windows), default=1)
     at_once = windows_at_once(settings, longest)
     greedy = replace(greedy, max_in_flight=at_once)
     agent_settings = AgentSettings(
@@ -285,7 +285,7 @@ def measure_held_out(
     with explained("sampling"), gathered(agent.policy):
         rerank = partial(rank_batch, agent, agent_settings, keep_too_long=True)
         (metrics,) = measure_all([Evaluation(candidates, qrels, output_dir)], rerank)
-        rollouts = sample_shared(agent, windows, (0,), greedy, stop)
+        rollouts = sample_shared(agent, list(enumerate(windows)), (0,), greedy, stop)
     figures = {
         "first_stage": metrics["before"]["ndcg@10"],
         "ndcg@10": metrics["after"]["ndcg@10"],

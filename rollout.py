@@ -4,6 +4,7 @@ A rollout is one window's group of G responses with their rewards. Which process
 makes no difference to what is sampled; each takes its share, and all get all rollouts.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
@@ -13,15 +14,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from agent import Agent, encode_window
 from data import TrainingWindow
 from engine.chat import decode_response
-from engine.model import check_length, end_tokens
-from engine.parallel import StopSignal, all_gather, balanced
+from engine.model import NEED_LESS, check_length, end_tokens, room_for_prompt, some
+from engine.parallel import StopSignal, all_gather, balanced, say, together
 from engine.sampler import Request, Sample, Sampler
 from reward import ndcg_at_k
-from settings import TrainSettings
+from settings import TrainSettings, UserError
 from tasks import Task
 from window import Parsed, shown_text
 
@@ -123,16 +125,39 @@ def windows_at_once(settings: TrainSettings, prompt_tokens: int) -> int:
     return max(1, int(settings.max_in_flight * shared / (settings.max_new_tokens + prompt_tokens)))
 
 
-def check_longest(agent: Agent, windows: list[TrainingWindow], settings: TrainSettings) -> int:
-    """The tokens of the longest prompt, looked for among the windows of most characters.
-    UserError where one cannot be encoded or does not fit: better now than in the middle."""
+def drop_too_long(
+    agent: Agent, windows: list[TrainingWindow], settings: TrainSettings
+) -> tuple[list[TrainingWindow], int]:
+    """(the windows that fit the model with their responses, the tokens of their longest prompt);
+    says which queries' do not. All are measured, each process its share, so that none can end a
+    run in the middle. UserError where one cannot be encoded, or none fits."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    share = tqdm(windows[rank::world], "measuring prompts", disable=rank > 0, delay=2, ncols=80)
+    shares = all_gather(together(lambda: [prompt_length(agent, window) for window in share]))
+    lengths = [shares[i % world][i // world] for i in range(len(windows))]
+    room = room_for_prompt(agent.policy.lm, settings.max_new_tokens)
+    fit = [(window, length) for window, length in zip(windows, lengths) if length <= room]
+    if left_out := {w.qid for w, length in zip(windows, lengths) if length > room}:
+        say(
+            f"{len(windows) - len(fit)} of {len(windows)} windows are left out: their prompts, of "
+            f"up to {max(lengths)} tokens, are too long for a model that has room for {room} "
+            f"beside a response (--max_new_tokens {settings.max_new_tokens}). They are of "
+            f"{len(left_out)} queries: {some(left_out, 5)}",
+            file=sys.stderr,
+        )
+    if windows and not fit:
+        raise UserError(
+            f"no window is left: all prompts are longer than the {room} tokens that a response "
+            f"leaves them: {NEED_LESS}"
+        )
+    return [window for window, _ in fit], max((length for _, length in fit), default=1)
 
-    def characters(window: TrainingWindow) -> int:
-        return sum(min(len(p.text), agent.prompt.max_chars) for p in window.passages)
 
-    longest = max(len(encode_prompt(agent, w)) for w in sorted(windows, key=characters)[-8:])
-    check_length(agent.policy.lm, longest, settings.max_new_tokens)
-    return longest
+def prompt_length(agent: Agent, window: TrainingWindow) -> int:
+    try:
+        return len(encode_prompt(agent, window))
+    except UserError as error:
+        raise UserError(f"query {window.qid}: {error}") from None
 
 
 # ----------------------------------------------------------------------------- what is logged of it

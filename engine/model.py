@@ -259,16 +259,23 @@ def file_beside(name: str, file: str) -> Path | None:
     return Path(known) if isinstance(known, str) else None
 
 
+NEED_LESS = "lower --window_size, --max_new_tokens or the prompt file's max_chars"
+
+
 class TooLong(UserError):
     """A prompt and its response may not fit the model."""
 
 
+def room_for_prompt(lm: PreTrainedModel, max_new_tokens: int) -> int:
+    """How many tokens a prompt may have, so that it and its response fit the model."""
+    return lm.config.max_position_embeddings - max_new_tokens
+
+
 def check_length(lm: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> None:
     """TooLong where a prompt and its response may not fit the model."""
-    limit = lm.config.max_position_embeddings
-    if prompt_tokens + max_new_tokens > limit:
+    if prompt_tokens > room_for_prompt(lm, max_new_tokens):
         raise TooLong(
             f"a prompt of {prompt_tokens} tokens and a response of up to {max_new_tokens} exceed "
-            f"the model's {limit} positions: lower --window_size, --max_new_tokens or the "
-            "prompt's max_chars"
+            f"the model's {lm.config.max_position_embeddings} positions: "
+            f"{NEED_LESS}"
         )
