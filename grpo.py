@@ -35,6 +35,8 @@ from agent import Agent
 from batches import MicroBatch, batches_of_updates, take_step, training
 from data import TrainingWindow, batch_at
 from engine.events import require_tensorboard
+from engine.files import read_lines
+from engine.folder import changed_inputs, claimed, hash_inputs, is_finished
 from engine.model import choose_dtype, load_policy, load_reference
 from engine.packed import Policy, response_logprobs
 from engine.parallel import (
@@ -42,6 +44,7 @@ from engine.parallel import (
     all_reduce,
     explained,
     gathered,
+    if_first,
     processes,
     say,
     together,
@@ -58,7 +61,11 @@ from measure import (
 from pages.run import keeper
 from rollout import Rollout, drop_too_long, offending, readable, rollout_figures, sample_shared
 from settings import DryRunSettings, TrainSettings, UserError
-from tasks import TASKS, load_task
+from sources.formats import Candidates
+from sources.trec import Qrels
+from tasks import TASKS, Task, load_task
+from watch import say_what_taught, watcher
+from window import Prompt
 
 # ---------------------------------------------------------------------------------- the formulas
 
@@ -240,58 +247,85 @@ def update(
 def train(settings: TrainSettings) -> Path:
     """The whole job, on this process or as one of many. Returns where the model was saved."""
     with processes() as device, StopSignal() as stop:
-        # What to train on, and the held-out queries to measure before and after.
         settings = fill_in(settings)
-        task, prompt_file, prompt, windows = together(lambda: load_task(settings))
-        held_out = together(lambda: load_held_out(settings))
-        together(lambda: refuse_held_out(windows, held_out, settings))
+        data = together(lambda: load_data(settings))
+        with claimed(settings) as folder:
+            inputs = if_first(lambda: hash_inputs(settings, data.prompt_file))
+            if_first(lambda: changed_inputs(folder, inputs, settings))
+            if together(lambda: is_finished(folder, settings.steps)):
+                say(f"nothing is left to do: {folder} holds the model of {settings.steps} steps")
+            else:
+                train_in(folder, inputs, data, settings, device, stop)
+                say(f"saved to {folder}")
+        return folder
 
-        # The policy, its optimizer, and the reference it is held to (none where beta is 0).
-        dtype = choose_dtype(settings.dtype, device)
-        with explained("loading"):
-            policy, tokenizer = load_policy(settings, dtype, device)
-            reference = load_reference(settings, dtype, device)
-        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, settings.learning_rate, weight_decay=0.0, fused=True)
-        agent = Agent(policy, tokenizer, prompt, task)
-        windows, _ = drop_too_long(agent, windows, settings)
 
-        # Where the run writes, and how far it has come: a new one, or one that was interrupted.
-        say(f"{len(windows)} training windows")
-        run = Run(settings, policy, optimizer, stop)
-        measured = partial(measure_held_out, agent, held_out, settings, stop=stop)
-        before = measured(run.output_dir / "before", again=not run.first)
-        keep_page = keeper(run.output_dir)
-        with run:
-            for step in run.steps():
-                # Sample G responses to each of B prompts, score them, and compare each group's.
-                with explained("sampling"), run.timed("sample_seconds"), gathered(policy):
-                    rollouts, thrown_away = sample_batch(agent, windows, step, settings, stop)
-                # One step up the gradient, or --updates_per_batch.
-                with explained("update"), run.timed("update_seconds"):
-                    figures, offenders = update(
-                        policy, reference, optimizer, rollouts, settings, check=stop.check
-                    )
-                run.log(
-                    rollout_figures(rollouts, task, settings)
-                    | {"thrown_away": thrown_away}
-                    | figures,
-                    shown="reward ndcg length kl clip_fraction",
-                    responses=readable(agent, rollouts, step, settings),
-                    skipped=[offending(agent, rollout) for rollout in offenders],
+class Data(NamedTuple):
+    """What a run trains on, and the held-out queries that it is measured on before and after."""
+
+    task: Task
+    prompt_file: str | Path
+    prompt: Prompt
+    windows: list[TrainingWindow]
+    held_out: tuple[list[Candidates], Qrels] | None
+
+
+def train_in(
+    folder: Path,
+    inputs: dict,
+    data: Data,
+    settings: TrainSettings,
+    device: torch.device,
+    stop: StopSignal,
+) -> None:
+    """Train from these inputs in a folder that is claimed, from the first step that is not done."""
+    # The policy, its optimizer, and the reference it is held to (none where beta is 0).
+    dtype = choose_dtype(settings.dtype, device)
+    with explained("loading"):
+        policy, tokenizer = load_policy(settings, dtype, device)
+        reference = load_reference(settings, dtype, device)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, settings.learning_rate, weight_decay=0.0, fused=True)
+    agent = Agent(policy, tokenizer, data.prompt, data.task)
+    windows, _ = drop_too_long(agent, data.windows, settings)
+
+    # How far the run has come: not at all, or it was interrupted.
+    say(f"{len(windows)} training windows")
+    run = Run(settings, folder, inputs, policy, optimizer, stop)
+    measured = partial(measure_held_out, agent, data.held_out, settings, stop=stop)
+    before = measured(folder / "before", again=not run.first)
+    keep_page, watch = keeper(folder), watcher(settings)
+    with run:
+        for step in run.steps():
+            # Sample G responses to each of B prompts, score them, and compare each group's.
+            with explained("sampling"), run.timed("sample_seconds"), gathered(policy):
+                rollouts, thrown_away = sample_batch(agent, windows, step, settings, stop)
+            # One step up the gradient, or --updates_per_batch.
+            with explained("update"), run.timed("update_seconds"):
+                figures, offenders = update(
+                    policy, reference, optimizer, rollouts, settings, check=stop.check
                 )
-                keep_page()
+            sampled = rollout_figures(rollouts, data.task, settings) | {"thrown_away": thrown_away}
+            figures = sampled | figures
+            run.log(
+                figures,
+                shown="reward ndcg length kl clip_fraction",
+                responses=readable(agent, rollouts, step, settings),
+                skipped=[offending(agent, rollout) for rollout in offenders],
+            )
+            watch(figures)
+            keep_page()
 
-        # The trained model, and what it gained.
-        card = partial(model_card, settings, task.does, len(windows))
-        run.export(tokenizer, prompt_file, card())
-        after = measured(run.output_dir / "after")
-        if before and after:
-            run.write_card(card(before, after))
-            say_what_was_gained(before, after)
-        keep_page(now=True)
-        say(f"saved to {run.output_dir}")
-        return run.output_dir
+    # The trained model, and what it gained.
+    card = partial(model_card, settings, data.task.does, len(windows))
+    run.export(tokenizer, data.prompt_file, card())
+    after = measured(folder / "after")
+    if before and after:
+        run.write_card(card(before, after))
+        say_what_was_gained(before, after)
+    say_what_taught(read_lines(folder / "metrics.jsonl"))
+    keep_page(now=True)
+    run.finish()
 
 
 def fill_in(settings: TrainSettings) -> TrainSettings:
@@ -314,6 +348,13 @@ def fill_in(settings: TrainSettings) -> TrainSettings:
     prepared, default = presets.prepare(settings), TrainSettings()
     unset = {k: v for k, v in prepared.items() if getattr(settings, k) == getattr(default, k)}
     return replace(settings, **unset)
+
+
+def load_data(settings: TrainSettings) -> Data:
+    """UserError where there is nothing to train on, or it is what is measured on."""
+    data = Data(*load_task(settings), load_held_out(settings))
+    refuse_held_out(data.windows, data.held_out, settings)
+    return data
 
 
 @program

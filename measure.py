@@ -13,6 +13,7 @@ Training measures its held-out queries the same way.
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -28,8 +29,8 @@ from tqdm import tqdm
 from agent import Agent, Answer, Known, rank_batch
 from answers import METRICS, PARTS, UNFINISHED, json_line
 from data import TrainingWindow, refuse_overlap
-from engine.files import write_whole
-from engine.parallel import StopSignal, all_gather, balanced, explained, gathered, say
+from engine.files import read_json, write_whole
+from engine.parallel import StopSignal, all_gather, balanced, explained, gathered, say, together
 from pages.reader import keep_reader
 from rollout import drop_too_long, sample_shared, windows_at_once
 from settings import AgentSettings, TrainSettings, UserError
@@ -268,7 +269,7 @@ def measure_held_out(
     if not queries:
         return None
     if not again:
-        return json.loads((output_dir / "held_out.json").read_text())
+        return together(lambda: read_held_out(output_dir))
     candidates, qrels = queries
     greedy = replace(settings, temperature=0.0, group_size=1, draws=3)
     windows = agent.task.training_set(candidates, qrels, greedy)
@@ -293,6 +294,19 @@ def measure_held_out(
     }
     if dist.get_rank() == 0:
         write_whole(output_dir / "held_out.json", json.dumps(figures) + "\n")
+    return figures
+
+
+def read_held_out(output_dir: Path) -> dict[str, float] | None:
+    """The figures that `measure_held_out` wrote; None where the file is gone, which is said."""
+    path = output_dir / "held_out.json"
+    if not path.exists():
+        say(f"{path} is gone: the model before training is not measured again", file=sys.stderr)
+        return None
+    figures = read_json(path)
+    for name in ("first_stage", "ndcg@10", "window_reward"):
+        if not isinstance(figures.get(name), float | int):
+            raise UserError(f"{path}: damaged, it has no {name}; without the file the run goes on")
     return figures
 
 

@@ -64,6 +64,9 @@ class TrainSettings:
         False, "train though held-out queries are (nearly) among the training queries"
     )
     output_dir: str = setting("", "default: runs/TASK-DATE-TIME")
+    allow_changed: bool = setting(
+        False, "go on though files have changed since the run in --output_dir began"
+    )
     # the training windows
     window_size: int = setting(20, "passages the model sees at once", within=(2, 1000))
     draws: int = setting(50, "windows drawn per query", within=(1, 10_000))
@@ -168,7 +171,7 @@ class DryRunSettings:
 # They change no result, or only how far it goes; a run that goes on may have others.
 FREE_TO_CHANGE = set(
     "output_dir steps max_in_flight max_tokens_per_micro_batch activation_checkpointing "
-    "checkpoint_every keep_checkpoints max_skipped allow_overlap tensorboard".split()
+    "checkpoint_every keep_checkpoints max_skipped allow_overlap allow_changed tensorboard".split()
 )
 
 

@@ -25,6 +25,8 @@ def write_whole(path: str | Path, text: str) -> None:
     try:
         building.write_bytes(content)
         os.replace(building, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk names none
     finally:
         building.unlink(missing_ok=True)
 
@@ -34,11 +36,15 @@ def append_lines(path: str | Path, records: list[dict]) -> None:
     with open(path, "a", encoding="utf-8") as file:
         size = file.tell()
         try:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            file.writelines(map(one_line, records))
             file.flush()
         except OSError:
             os.truncate(path, size)
             raise
+
+
+def one_line(record: dict) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def refuse_foreign(folder: str | Path, marks: Collection[str]) -> None:
@@ -56,14 +62,21 @@ def refuse_foreign(folder: str | Path, marks: Collection[str]) -> None:
 
 
 @contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
+def locked(folder: str | Path, joining: bool = False) -> Iterator[None]:
     """Inside, `folder` (made where it is missing) is this process's alone. UserError, naming the
     process that has it, where it is another's; a lock is gone as soon as its process is,
-    and with it a new folder that nothing came into."""
+    and with it a new folder that nothing came into.
+
+    joining: hold it with the process that has it, as one of the same run; then it is free when all
+        of them are gone.
+    """
     path = Path(folder) / LOCK
     is_new = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open_locked(path) as file:
+    with open_locked(path, joining) as file:
+        if joining:
+            yield
+            return
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -76,12 +89,14 @@ def locked(folder: str | Path) -> Iterator[None]:
                     path.parent.rmdir()  # only where nothing came into it
 
 
-def open_locked(path: Path):
-    """The file, open and locked (flock)."""
+def open_locked(path: Path, joining: bool):
+    """The file, open and locked (flock): taken alone and then held so that others of the same run
+    may hold it too, but none can take it."""
     while True:
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH)[joining:]:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                     return file

@@ -109,6 +109,11 @@ def together(work: Callable[[], T]) -> T:
     return result
 
 
+def if_first(work: Callable[[], T]) -> T | None:
+    """Do `work` on process 0 alone: its result there. OSError or ValueError is raised on all."""
+    return together(lambda: work() if dist.get_rank() == 0 else None)
+
+
 def balanced(costs: Sequence[float], parts: int) -> list[list[int]]:
     """The indices of costs in `parts` shares of about the same total: the costliest first, each to
     the share that has least so far (within 4/3 of the best split; Graham 1969). Where there are

@@ -1,7 +1,7 @@
 """Keep a training run: its folder, its logs, what it goes on from, and the model it ends in.
 
 OUTPUT_DIR/
-    settings.json      every setting
+    settings.json, provenance.json    what it is and was made from (folder.py)
     metrics.jsonl      a line of figures a step
     responses.jsonl    some windows of each step and responses to them, to read
     skipped.jsonl      the prompts of updates that were not finite
@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -26,14 +25,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from engine import checkpoint
+from engine import checkpoint, folder
 from engine.events import write_events
 from engine.files import append_lines, write_whole
 from engine.packed import Policy
-from engine.parallel import Interrupted, StopSignal, all_gather, say, together
-from settings import FREE_TO_CHANGE, TrainSettings, UserError
-
-LOGS = ("metrics.jsonl", "responses.jsonl", "skipped.jsonl")  # a line or more a step
+from engine.parallel import Interrupted, StopSignal, if_first, say
+from settings import TrainSettings, UserError
 
 
 class Run:
@@ -46,42 +43,24 @@ class Run:
     def __init__(
         self,
         settings: TrainSettings,
+        output_dir: Path,
+        inputs: dict,
         policy: Policy,
         optimizer: torch.optim.Optimizer,
         stop: StopSignal,
     ):
+        """output_dir: claimed (folder.py); inputs: its `hash_inputs`, on process 0."""
         self.settings, self.policy, self.optimizer, self.stop = settings, policy, optimizer, stop
-        stamp = f"{datetime.now():%Y%m%d-%H%M%S}"
-        output_dir = settings.output_dir or f"runs/{settings.preset or settings.task}-{stamp}"
-        self.output_dir = Path(all_gather(output_dir)[0])  # their clocks may differ
-        self.checkpoints = self.output_dir / "checkpoints"
-        self.bound = {k: v for k, v in asdict(settings).items() if k not in FREE_TO_CHANGE}
-        together(self.claim)
+        self.output_dir, self.checkpoints = output_dir, output_dir / "checkpoints"
+        self.bound = folder.bound_settings(settings)
         facts = checkpoint.resume(self.checkpoints, policy, optimizer, self.bound)
         self.first, self.skipped = (facts["step"], facts["skipped"]) if facts else (0, 0)
         self.step = self.saved = self.first
         self.seconds: dict[str, float] = {}
+        if_first(lambda: folder.begin(output_dir, settings, inputs, self.first))
         say(f"{dist.get_world_size()} process(es), writing to {self.output_dir}")
         if self.first:
             say(f"going on from step {self.first}, checkpointed there")
-        if dist.get_rank() == 0:
-            cut_logs(self.output_dir, self.first)
-
-    def claim(self) -> None:
-        """Make the folder this run's: its settings are written there. ValueError where it holds a
-        run with others that are not free to change."""
-        if dist.get_rank() > 0:
-            return
-        file = self.output_dir / "settings.json"
-        if file.exists():
-            others = json.loads(file.read_text())
-            if name := checkpoint.first_difference(self.bound, others):
-                raise UserError(
-                    f"{self.output_dir} holds another run, with {name} {others.get(name)!r} "
-                    f"instead of {self.bound[name]!r}: give another --output_dir"
-                )
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(asdict(self.settings), indent=2) + "\n")
 
     def __enter__(self) -> "Run":
         # From here on the state is worth keeping.
@@ -151,7 +130,7 @@ class Run:
         figures["tokens_per_second"] = round(per_second, 1)
         if self.settings.tensorboard:
             write_events(self.output_dir, self.first, self.step, figures)
-        for name, records in zip(LOGS, ([figures], responses, skipped)):
+        for name, records in zip(folder.LOGS, ([figures], responses, skipped)):
             records = [{"step": self.step} | record for record in records]
             try:
                 if records:
@@ -171,18 +150,11 @@ class Run:
             ) from None
 
     def write_card(self, card: str) -> None:
-        if dist.get_rank() == 0:
-            write_whole(self.output_dir / "README.md", card)
+        if_first(lambda: write_whole(self.output_dir / "README.md", card))
 
-
-def cut_logs(output_dir: Path, first: int) -> None:
-    """Drop what the logs say of steps from `first` on, which will be done again, and a last line
-    that was never finished."""
-    for path in (output_dir / name for name in LOGS):
-        if path.exists():
-            lines = path.read_bytes().split(b"\n")[:-1]
-            kept = [line for line in lines if json.loads(line)["step"] < first]
-            write_whole(path, b"".join(line + b"\n" for line in kept).decode())
+    def finish(self) -> None:
+        """Write down that nothing is left to do."""
+        if_first(lambda: folder.finish(self.output_dir, self.settings.steps))
 
 
 def model_card(

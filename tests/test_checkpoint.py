@@ -14,7 +14,7 @@ from test_grpo import GROUPS, metrics, rollouts_of, run_grpo
 from test_packed import tiny_lm
 
 import grpo
-from engine import checkpoint, lora, run
+from engine import checkpoint, folder, lora
 from engine.files import append_lines
 from engine.packed import Policy, pack_row, response_logprobs
 from engine.parallel import shard
@@ -217,12 +217,12 @@ def test_what_cannot_be_written_leaves_the_old_one(monkeypatch, tmp_path):
 
 
 def test_logs_are_cut_to_the_steps_that_stay(tmp_path):
-    for name in run.LOGS:
+    for name in folder.LOGS:
         append_lines(tmp_path / name, [{"step": i, "text": "\u2028é"} for i in (0, 0, 1, 2)])
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write(b'{"step": 3, "tex')  # killed there
-    run.cut_logs(tmp_path, 2)
-    for name in run.LOGS:
+    folder.cut_logs(tmp_path, 2)
+    for name in folder.LOGS:
         lines = (tmp_path / name).read_text().split("\n")
         assert [json.loads(line)["step"] for line in lines[:-1]] == [0, 0, 1]
 
