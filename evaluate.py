@@ -12,18 +12,17 @@ when started again with the same command; a finished one runs anew.
 """
 
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 
-from agent import Answer, Known, Shown, load_agent, rank_batch, rank_windows
+from agent import Agent, Answer, Known, Shown, load_agent, rank_batch, rank_windows
 from answers import UNFINISHED, begin, claimed, kept_windows
 from engine.parallel import StopSignal, is_out_of_memory, processes, say, together
 from flags import parse_settings, program
@@ -51,14 +50,14 @@ def load_judged(names: list[str], sources: SourceSettings, reranker: str) -> lis
 
 
 def choose_reranker(
-    name: str, evaluations: list[Evaluation], settings: AgentSettings, device: torch.device
+    name: str, evaluations: list[Evaluation], settings: AgentSettings, load: Callable[[], Agent]
 ) -> Reranker:
     if name == "none":
         return lambda candidates, *_: candidates
     if name == "oracle":
         qrels = {e.key(qid): grades for e in evaluations for qid, grades in e.qrels.items()}
         return partial(oracle_rerank, qrels, settings)
-    return partial(rank_batch, load_agent(settings, device), settings, keep_too_long=True)
+    return partial(rank_batch, load(), settings, keep_too_long=True)
 
 
 def oracle_rerank(
@@ -140,22 +139,39 @@ def from_first(work: Callable[[], T]) -> T:
     return box[0]
 
 
-def evaluate(
-    names: list[str],
+@contextmanager
+def all_claimed(folders: list[Path]) -> Iterator[None]:
+    """Inside, the folders are this evaluation's alone; on all processes."""
+    with ExitStack() as locks:
+
+        def claim() -> None:
+            for folder in folders:
+                locks.enter_context(claimed(folder))
+
+        together(lambda: claim() if dist.get_rank() == 0 else None)
+        yield
+
+
+def measure_sets(
+    sets: list[JudgedSet],
+    folders: list[Path],
     sources: SourceSettings,
     settings: EvaluateSettings,
     agent_settings: AgentSettings,
+    load: Callable[[], Agent],
 ) -> list[dict]:
-    """The whole job, on this process or as one of many: the metrics of each dataset."""
-    folders = output_folders(names, sources, settings, agent_settings)
+    """Begin the evaluations of the datasets, or go on with them, each in its folder: the metrics.
+
+    load: gives the agent; called where a model answers.
+    """
     if settings.reranker != "model":
         agent_settings = replace(agent_settings, task=agent_settings.task or next(iter(TASKS)))
+    evaluations = [
+        Evaluation(s.candidates, s.qrels, folder, name=s.name, relevant=s.relevant)
+        for s, folder in zip(sets, folders)
+    ]
 
-    def lock_all(locks: ExitStack) -> None:
-        for folder in folders:
-            locks.enter_context(claimed(folder))
-
-    def begin_all(evaluations: list[Evaluation], sets: list[JudgedSet]) -> list[Evaluation]:
+    def begin_all() -> list[Evaluation]:
         settled = settle(agent_settings) if settings.reranker == "model" else agent_settings
         begun = []
         for evaluation, judged in zip(evaluations, sets):
@@ -165,20 +181,30 @@ def evaluate(
             begun.append(replace(evaluation, known=known, about=about))
         return begun
 
+    rerank = together(lambda: choose_reranker(settings.reranker, evaluations, agent_settings, load))
+    return measure_all(from_first(begin_all), rerank)
+
+
+def evaluate(
+    names: list[str],
+    sources: SourceSettings,
+    settings: EvaluateSettings,
+    agent_settings: AgentSettings,
+) -> list[dict]:
+    """The whole job, on this process or as one of many: the metrics of each dataset."""
+    folders = output_folders(names, sources, settings, agent_settings)
     with processes() as device, StopSignal() as stop:
         try:
-            with ExitStack() as locks:
-                together(lambda: lock_all(locks) if dist.get_rank() == 0 else None)
+            with all_claimed(folders):
                 sets = from_first(lambda: load_judged(names, sources, settings.reranker))
-                evaluations = [
-                    Evaluation(s.candidates, s.qrels, folder, name=s.name, relevant=s.relevant)
-                    for s, folder in zip(sets, folders)
-                ]
-                rerank = together(
-                    lambda: choose_reranker(settings.reranker, evaluations, agent_settings, device)
+                metrics = measure_sets(
+                    sets,
+                    folders,
+                    sources,
+                    settings,
+                    agent_settings,
+                    lambda: load_agent(agent_settings, device),
                 )
-                evaluations = from_first(lambda: begin_all(evaluations, sets))
-                metrics = measure_all(evaluations, rerank)
         except BaseException as error:
             explain(error, stop, folders, agent_settings.max_in_flight)
             raise
