@@ -73,7 +73,7 @@ class Response:
 
 
 Known = Mapping[tuple[str, int], Answer]  # by qid and window
-OnText = Callable[[str, str, int], None]  # (a piece of a response, its qid, its window)
+OnText = Callable[[str, Shown], None]  # (a piece of a response, its window)
 
 
 def load_agent(settings: AgentSettings, device: torch.device | None = None) -> Agent:
@@ -146,7 +146,7 @@ class LocalModel:
             self.streams[shown] = text_stream(self.agent.tokenizer)
         text_of = self.streams.pop(shown) if sample.done else self.streams[shown]
         if not sample.finished and (text := text_of(sample.tokens[-1])):
-            self.on_text(text, shown.query.qid, shown.window)
+            self.on_text(text, shown)
 
 
 def rank_batch(

@@ -1,42 +1,249 @@
-"""Rerank passages of your own.
+"""Rerank documents of your own, from Python or from the command line (docs/library.md).
 
-python rearank.py "how do tides work" passages.txt          # one passage a line
-python rearank.py "how do tides work" passages.txt --model OUT --prompt my_prompt.toml
+    from rearank import Rearank
+    Rearank("Qwen/Qwen2.5-7B-Instruct").rank("how do tides work", documents)
+
+    python rearank.py "how do tides work" passages.txt      # one passage a line; - is stdin
+    python rearank.py --candidates FILE --qid 23            # a first stage's; without --qid all
+
+The command shows the responses as they are written, then the ranking; --json prints JSON.
 """
 
-import textwrap
+import json
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
-from agent import Answer, load_agent, rank_batch
-from flags import parse_settings, program
-from settings import AgentSettings, UserError
+import torch
+
+from agent import Answer, Shown, load_agent, rank_batch
+from flags import parse_settings, program, read_setting
+from settings import MODEL, AgentSettings, SourceSettings, UserError
 from sources.formats import Candidates, Passage
+from sources.load import load
+from terminal import Transcript, places, print_ranking
+
+OnToken = Callable[[str, int, int], None]  # (text, number of the query, number of its window)
+
+
+class Ranking(list):
+    """One query's documents, best first, each a dict: "corpus_id" (its number among those given),
+    "score", "rank" (from 1), and "text" where that was asked for.
+
+    The score is ordinal: n for the best of n documents, 1 for the last. It tells the order, and
+    nothing about how much better one is, nor about other queries.
+
+    windows: what the model was asked and how it answered, in order: dicts with the corpus_ids
+        "given" and "ranked", the "reasoning", the whole "response", its "tokens", and whether it
+        was "malformed" (no answer could be read, so the given order stays) or "cut_off".
+    """
+
+    def __init__(self, documents: list[dict[str, Any]], windows: list[dict[str, Any]]):
+        super().__init__(documents)
+        self.windows = windows
+
+
+class Rearank:
+    """A reranker: a language model that reads documents in windows, reasons, and ranks them.
+
+    model: a Hugging Face name or a folder, as for --model; device: "cuda" where there is one, else
+        "cpu"; settings: those of settings.AgentSettings, by name (window_size=10, ...).
+
+    What goes wrong is a ValueError or an OSError with a message of its own.
+    """
+
+    def __init__(self, model: str | Path = MODEL, device: str | None = None, **settings: Any):
+        self.settings = checked(AgentSettings(model=str(model), **settings))
+        self.agent = load_agent(self.settings, torch.device(device) if device else None)
+
+    def rank(self, query: str, documents: Sequence[str], *args, **how) -> Ranking:
+        """Rank the documents of one query; the other arguments are those of `rank_batch`."""
+        return self.rank_batch([query], [documents], *args, **how)[0]
+
+    def rank_batch(
+        self,
+        queries: Sequence[str],
+        documents: Sequence[Sequence[str]],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        on_token: OnToken | None = None,
+        on_window: Callable[[dict[str, Any]], None] | None = None,
+    ) -> list[Ranking]:
+        """Rank each query's own documents, which stand in the order that a first stage gave them.
+        All queries are under way at once, which is much faster than one after the other.
+
+        top_k: how many of the best are returned; all are ranked.
+        return_documents: whether each dict has its document, "text".
+        on_token: called with each piece of text as it is written, the number of its query and the
+            number of its window: lambda text, *_: print(text, end="", flush=True).
+        on_window: called with each window (as in Ranking.windows) as soon as it is answered.
+        """
+        windows: list[list[dict[str, Any]]] = [[] for _ in queries]
+
+        def on_answer(answer: Answer) -> None:
+            window = as_window(answer)
+            windows[window["query"]].append(window)
+            if on_window:
+                on_window(window)
+
+        def on_text(text: str, shown: Shown) -> None:
+            on_token(text, int(shown.query.qid), shown.window)
+
+        ranked = rank_batch(
+            self.agent,
+            self.settings,
+            as_candidates(queries, documents),
+            on_answer,
+            on_text=on_text if on_token else None,
+        )
+        return [
+            Ranking(
+                as_results(query, return_documents)[:top_k],
+                sorted(asked, key=lambda window: window["window"]),
+            )
+            for query, asked in zip(ranked, windows)
+        ]
+
+    def transform(self, results):
+        """PyTerrier's: a frame of qid, query, docno and text (and more) with its rows reranked
+        within each query, and a new score and rank (from 0). In a pipeline:
+
+            bm25 >> pt.apply.generic(Rearank("runs/mine").transform)
+
+        The rows' order is the first stage's; where there is a rank, it is the order.
+        """
+        if missing := {"qid", "query", "docno", "text"} - set(results.columns):
+            raise UserError(f"the frame has no column {', '.join(sorted(missing))}")
+        if "rank" in results:
+            results = results.sort_values("rank", kind="stable")
+        groups = list(results.groupby("qid", sort=False).indices.values())
+        rows = [results.iloc[group] for group in groups]
+        rankings = self.rank_batch(
+            [group["query"].iloc[0] for group in rows], [group["text"].tolist() for group in rows]
+        )
+        best_first = [g[d["corpus_id"]] for g, ranking in zip(groups, rankings) for d in ranking]
+        new = [document for ranking in rankings for document in ranking]
+        return results.iloc[best_first].assign(
+            score=[document["score"] for document in new],
+            rank=[document["rank"] - 1 for document in new],
+        )
+
+
+def checked(settings: AgentSettings) -> AgentSettings:
+    """The settings, held to their ranges as the flags are. UserError where one is out of them."""
+    for field in fields(settings):
+        read_setting(field, "", str(getattr(settings, field.name)))
+    return settings
+
+
+def as_candidates(queries: Sequence[str], documents: Sequence[Sequence[str]]) -> list[Candidates]:
+    """Queries and documents named by their numbers. UserError where they are no texts."""
+    if isinstance(queries, str) or len(queries) != len(documents):
+        raise UserError(f"expected a list of documents for each of {len(queries)} queries")
+    for query, own in zip(queries, documents):
+        if isinstance(own, str):
+            raise UserError("expected a list of documents, not one text")
+        texts = {"the query": query} | {f"document {i}": text for i, text in enumerate(own)}
+        for name, text in texts.items():
+            if not isinstance(text, str):
+                raise UserError(f"{name} is no text but {type(text).__name__}")
+    return [
+        Candidates(str(i), query, tuple(Passage(str(d), text, 0.0) for d, text in enumerate(own)))
+        for i, (query, own) in enumerate(zip(queries, documents))
+    ]
+
+
+def as_results(query: Candidates, return_documents: bool) -> list[dict[str, Any]]:
+    return [
+        {"corpus_id": int(passage.docid), "score": passage.score, "rank": rank}
+        | ({"text": passage.text} if return_documents else {})
+        for rank, passage in enumerate(query.passages, start=1)
+    ]
+
+
+def as_window(answer: Answer) -> dict[str, Any]:
+    """An answered window with numbers for names."""
+    window = asdict(answer)
+    numbers = {name: [int(docid) for docid in window[name]] for name in ("given", "ranked")}
+    return {"query": int(window.pop("qid"))} | window | numbers
+
+
+# ----------------------------------------------------------------------------------- the command
+
+
+def read_queries(inputs: Namespace, sources: SourceSettings) -> list[Candidates]:
+    """What to rank: the command line's query with passages from a file, or a first stage's."""
+    if sources != SourceSettings():
+        if inputs.query:
+            raise UserError("give a query and its passages, or files of candidates, not both")
+        candidates = load("", sources).candidates
+        found = [query for query in candidates if inputs.qid in ("", query.qid)]
+        if not found:
+            raise UserError(f"--qid {inputs.qid}: not among {len(candidates)} queries")
+        return found
+    if not inputs.passages:
+        raise UserError("give a query and a file of passages (- is stdin), or --candidates FILE")
+    lines = [line for line in read_text(inputs.passages).split("\n") if line.strip()]
+    if not lines:
+        raise UserError(f"{inputs.passages}: no passage in it (expected one a line)")
+    passages = tuple(Passage(str(i), line, 0.0) for i, line in enumerate(lines, start=1))
+    return [Candidates("", inputs.query, passages)]
+
+
+def read_text(path: str) -> str:
+    try:
+        if path == "-":
+            return sys.stdin.buffer.read().decode("utf-8")
+        return Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read passages: {error}") from None
+
+
+def json_record(given: Candidates, ranked: Candidates, answers: list[Answer]) -> dict[str, Any]:
+    """What --json prints of a query."""
+    ranking = [
+        {"rank": rank, "docid": p.docid, "score": p.score, "moved": before - rank, "text": p.text}
+        for rank, before, p in places(given, ranked)
+    ]
+    windows = sorted((asdict(a) for a in answers if a.qid == given.qid), key=lambda a: a["window"])
+    return {"qid": given.qid, "query": given.query, "ranking": ranking, "windows": windows}
+
+
+def rerank(inputs: Namespace, sources: SourceSettings, settings: AgentSettings) -> None:
+    queries, answers, transcript = read_queries(inputs, sources), [], Transcript()
+    on_answer, on_text = transcript.on_answer, transcript.on_text
+    if inputs.json:
+        on_answer, on_text = answers.append, None
+    ranked = rank_batch(load_agent(settings), settings, queries, on_answer, on_text=on_text)
+    for before, after in zip(queries, ranked):
+        if inputs.json:
+            print(json.dumps(json_record(before, after, answers), ensure_ascii=False))
+        else:
+            print_ranking(before, after)
 
 
 @program
 def main() -> None:
-    passages = {"type": Path, "help": "a text file, one passage a line"}
-    settings, inputs = parse_settings(
-        __doc__, AgentSettings, positional={"query": {}, "passages": passages}
+    others = {
+        "query": {"nargs": "?", "default": ""},
+        "passages": {"nargs": "?", "default": "", "help": "a file, one a line; - is stdin"},
+        "--qid": {"default": "", "help": "of the candidates: the one query to rank"},
+        "--json": {"action": "store_true", "help": "print JSON, a line for each query"},
+    }
+    settings, sources, inputs = parse_settings(
+        __doc__, AgentSettings, SourceSettings, positional=others
     )
     try:
-        lines = [line for line in inputs.passages.read_text("utf-8").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{inputs.passages}: cannot read passages: {error}") from None
-    if not lines:
-        raise UserError(f"{inputs.passages}: no passage in it (expected one a line)")
-
-    def show(answer: Answer) -> None:
-        print(f"\nWindow of passages {', '.join(answer.given)}:", end="")
-        print(" NO ANSWER COULD BE READ, its order is kept" if answer.malformed else "")
-        print(textwrap.fill(answer.reasoning or "(no reasoning)", 80))
-
-    passages = tuple(Passage(str(i), line, 0.0) for i, line in enumerate(lines, start=1))
-    query = Candidates("1", inputs.query, passages)
-    (ranked,) = rank_batch(load_agent(settings), settings, [query], show)
-    print("\nRanking:")
-    for rank, passage in enumerate(ranked.passages, start=1):
-        print(f"{rank:4}. [{passage.docid}] " + textwrap.shorten(passage.text, 70))
+        rerank(inputs, sources, settings)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # who read it has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

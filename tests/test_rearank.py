@@ -1,7 +1,5 @@
 """The agent: text to tokens and back, and whole rankings against a plain loop over `generate`."""
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,31 +122,6 @@ def test_rankings_equal_a_plain_loop_over_generate(agent, tiny, max_in_flight):
         scored = [replace(p, score=float(len(passages) - i)) for i, p in enumerate(passages)]
         assert ranked == Candidates(query.qid, query.query, tuple(scored))
     assert sorted(responses) == sorted((a.qid, a.given, a.response) for a in answers)
-
-
-def test_the_command(tiny, tmp_path):
-    passages = tmp_path / "passages.txt"
-    passages.write_text("the tide follows the moon\n\nsalt in the sea\nwind and rain\n")
-
-    def command(*args: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "rearank.py", *args], cwd=ROOT, capture_output=True, text=True
-        )
-
-    flags = ["--model", str(tiny), "--max_new_tokens", "60"]
-    done = command("why tides", str(passages), *flags)
-    assert done.returncode == 0, done.stderr
-    assert "reads prompts with PyTorch SDPA" in done.stderr
-    ranking = done.stdout.split("Ranking:")[1]
-    assert sorted(line.split("] ")[1] for line in ranking.split("\n") if "]" in line) == [
-        "salt in the sea",
-        "the tide follows the moon",
-        "wind and rain",
-    ]
-    wrong_flag = command("q", str(passages), "--windowsize", "3")
-    assert wrong_flag.returncode == 1 and "--windowsize" in wrong_flag.stderr
-    no_file = command("q", str(tmp_path / "none.txt"), *flags)
-    assert no_file.returncode == 1 and "none.txt" in no_file.stderr
 
 
 def test_a_querys_opening_turns_are_read_once(agent, monkeypatch):
