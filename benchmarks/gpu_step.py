@@ -82,6 +82,19 @@ def our_rollout(lm, prompt: list[int], group: int, tokens: int):
     return work
 
 
+def read_rate(device: torch.device) -> float:
+    """Bytes a second that the device reads of its memory."""
+    x = torch.ones(2**30 if device.type == "cuda" else 2**25, device=device)
+    seconds, _ = measure(device, x.sum)
+    return x.nbytes / seconds
+
+
+def decode_floor(lm, rate: float) -> float:
+    """Seconds in which a step of sampling can read all weights once."""
+    read = sum(p.nbytes for n, p in lm.named_parameters() if "embed_tokens" not in n)
+    return read / rate
+
+
 def naive_rollout(lm, prompt: list[int], group: int, tokens: int):
     ids = torch.tensor([prompt], device=lm.device)
     return lambda: lm.generate(
@@ -157,12 +170,16 @@ def main() -> None:
           f"{torch.__version__}: {rate / 1e12:.1f} TFLOP/s in a matrix product")  # fmt: skip
     lm = make_lm(shape, device, dtype)
     print(f"{lm.num_parameters():,} parameters, P={P} G={G} C={C}")
-    for name, work in (
-        ("ours", our_rollout(lm, prompt, G, new_tokens)),
-        ("naive", naive_rollout(lm, prompt, G, new_tokens)),
-    ):
-        seconds, peak = measure(device, work)
-        print(f"rollout, {name}: {G * new_tokens / seconds:.0f} tokens/s, peak {peak:.1f} GB")
+    reading = read_rate(device)
+    floor = decode_floor(lm, reading)
+    print(f"memory: {reading / 1e12:.2f} TB/s; a decode step reads the weights in "
+          f"{1000 * floor:.2f} ms")  # fmt: skip
+    for name, rollout in (("ours", our_rollout), ("naive", naive_rollout)):
+        seconds, peak = measure(device, rollout(lm, prompt, G, new_tokens))
+        first, _ = measure(device, rollout(lm, prompt, G, 1))
+        step = (seconds - first) / (new_tokens - 1)
+        print(f"rollout, {name}: {G * new_tokens / seconds:.0f} tokens/s, peak {peak:.1f} GB; a "
+              f"decode step {1000 * step:.2f} ms, {step / floor:.1f} times the floor")  # fmt: skip
 
     lm.train().gradient_checkpointing_enable({"use_reentrant": False})
     floor = update_operations(shape, P, G, C) / rate
