@@ -107,6 +107,12 @@ def batches_of_updates(
     return ((part, share) for part, share in zip(parts, shares) if share)
 
 
+def make_optimizer(policy: Policy, learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW of what is trained."""
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, learning_rate, weight_decay=0.0, fused=True)
+
+
 def take_step(
     policy: Policy,
     optimizer: torch.optim.Optimizer,

@@ -17,7 +17,7 @@ import numpy as np
 
 from flags import parse_settings, program
 from reward import ndcg_at_k
-from settings import DataSettings, SourceSettings, TrainSettings, UserError
+from settings import DataSettings, RunSettings, SourceSettings, UserError
 from sources.formats import Candidates, Passage, read_candidates, read_triples
 from sources.load import load_each, refuse_files_of_many
 from sources.lucene import NotDownloaded
@@ -111,7 +111,7 @@ def judged_queries(
         yield query, grade_of, judged, random.Random(f"{seed} {query.qid}")
 
 
-def read_training_queries(settings: TrainSettings) -> tuple[list[Candidates], Qrels]:
+def read_training_queries(settings: RunSettings) -> tuple[list[Candidates], Qrels]:
     """The queries to train on, from the files that the settings name. UserError without any."""
     if settings.triples:
         return read_triples(settings.triples)

@@ -19,7 +19,6 @@ schedule. Prompts are paid for once (engine/packed.py), weights are sharded by P
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -32,11 +31,9 @@ from torch import Tensor
 import dry_run
 import presets
 from agent import Agent
-from batches import MicroBatch, batches_of_updates, take_step, training
+from batches import MicroBatch, batches_of_updates, make_optimizer, take_step, training
 from data import TrainingWindow, batch_at
-from engine.events import require_tensorboard
 from engine.files import read_lines
-from engine.folder import changed_inputs, claimed, hash_inputs, is_finished
 from engine.model import choose_dtype, load_policy, load_reference
 from engine.packed import Policy, response_logprobs
 from engine.parallel import (
@@ -44,12 +41,11 @@ from engine.parallel import (
     all_reduce,
     explained,
     gathered,
-    if_first,
     processes,
     say,
     together,
 )
-from engine.run import Run, model_card
+from engine.run import Run, in_folder, model_card
 from engine.streams import make_unbreakable
 from flags import parse_settings, program
 from measure import (
@@ -249,15 +245,11 @@ def train(settings: TrainSettings) -> Path:
     with processes() as device, StopSignal() as stop:
         settings = fill_in(settings)
         data = together(lambda: load_data(settings))
-        with claimed(settings) as folder:
-            inputs = if_first(lambda: hash_inputs(settings, data.prompt_file))
-            if_first(lambda: changed_inputs(folder, inputs, settings))
-            if together(lambda: is_finished(folder, settings.steps)):
-                say(f"nothing is left to do: {folder} holds the model of {settings.steps} steps")
-            else:
-                train_in(folder, inputs, data, settings, device, stop)
-                say(f"saved to {folder}")
-        return folder
+
+        def train_in_folder(folder: Path, inputs: dict) -> None:
+            train_in(folder, inputs, data, settings, device, stop)
+
+        return in_folder(settings, data.prompt_file, train_in_folder)
 
 
 class Data(NamedTuple):
@@ -284,8 +276,7 @@ def train_in(
     with explained("loading"):
         policy, tokenizer = load_policy(settings, dtype, device)
         reference = load_reference(settings, dtype, device)
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, settings.learning_rate, weight_decay=0.0, fused=True)
+    optimizer = make_optimizer(policy, settings.learning_rate)
     agent = Agent(policy, tokenizer, data.prompt, data.task)
     windows, _ = drop_too_long(agent, data.windows, settings)
 
@@ -317,7 +308,9 @@ def train_in(
             keep_page()
 
     # The trained model, and what it gained.
-    card = partial(model_card, settings, data.task.does, len(windows))
+    does = f"reasons about them, and {data.task.does}"
+    answers = f"{settings.group_size} sampled responses"
+    card = partial(model_card, settings, "GRPO", does, answers, len(windows))
     run.export(tokenizer, data.prompt_file, card())
     after = measured(folder / "after")
     if before and after:
@@ -330,24 +323,10 @@ def train_in(
 
 def fill_in(settings: TrainSettings) -> TrainSettings:
     """With what the preset prepares; UserError where settings do not go together."""
-    world = dist.get_world_size()
-    if settings.batch_size < world * settings.updates_per_batch:
-        raise UserError(
-            f"--batch_size {settings.batch_size} must be at least --updates_per_batch "
-            f"{settings.updates_per_batch} times the number of processes, {world}"
-        )
     rewards = TASKS[settings.task].rewards
     if settings.reward and settings.reward not in rewards:
         raise UserError(f"--reward {settings.reward}: {settings.task} has {', '.join(rewards)}")
-    if settings.tensorboard:
-        require_tensorboard()
-    if settings.preset == "toy":
-        torch.set_num_threads(1)  # for matrices this small, more threads only wait for each other
-    together(lambda: presets.prepare(settings) if dist.get_rank() == 0 else None)
-    # What the command line says of these stays.
-    prepared, default = presets.prepare(settings), TrainSettings()
-    unset = {k: v for k, v in prepared.items() if getattr(settings, k) == getattr(default, k)}
-    return replace(settings, **unset)
+    return presets.fill_in(settings, settings.updates_per_batch)
 
 
 def load_data(settings: TrainSettings) -> Data:

@@ -33,7 +33,7 @@ from engine.files import read_json, write_whole
 from engine.parallel import StopSignal, all_gather, balanced, explained, gathered, say, together
 from pages.reader import keep_reader
 from rollout import drop_too_long, sample_shared, windows_at_once
-from settings import AgentSettings, TrainSettings, UserError
+from settings import AgentSettings, RunSettings, TrainSettings, UserError
 from sources.formats import Candidates, read_candidates
 from sources.trec import Qrels, read_qrels, write_run
 
@@ -234,7 +234,7 @@ def in_order(
 # ----------------------------------------------------------------------------- held-out queries
 
 
-def load_held_out(settings: TrainSettings) -> tuple[list[Candidates], Qrels] | None:
+def load_held_out(settings: RunSettings) -> tuple[list[Candidates], Qrels] | None:
     """The held-out queries of a training, None where it has none."""
     if bool(settings.eval_candidates) != bool(settings.eval_qrels):
         raise UserError("held-out figures need both --eval_candidates and --eval_qrels")
@@ -247,7 +247,7 @@ def load_held_out(settings: TrainSettings) -> tuple[list[Candidates], Qrels] | N
 def refuse_held_out(
     windows: list[TrainingWindow],
     held_out: tuple[list[Candidates], Qrels] | None,
-    settings: TrainSettings,
+    settings: RunSettings,
 ) -> None:
     """UserError where what is measured is trained on, unless --allow_overlap."""
     queries = [query.query for query in held_out[0]] if held_out else []

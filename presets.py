@@ -3,10 +3,18 @@
 What a paper does not give keeps this project's default, and is marked so.
 """
 
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
 import toy
 from data import REARANK as REARANK_DATASETS
 from data import build_training_set, training_folder
-from settings import DataSettings, SourceSettings, TrainSettings
+from engine.events import require_tensorboard
+from engine.parallel import together
+from settings import DataSettings, RunSettings, SourceSettings, UserError
 from sources.write import CANDIDATES, QRELS, is_whole
 
 # arXiv 2505.20046, section 4.1 and appendix. Not given: beta, the learning rate, the clip range.
@@ -42,7 +50,29 @@ RANK_R1 = {
 PRESETS = {"toy": toy.PRESET, "rearank": REARANK, "rank-r1": RANK_R1}
 
 
-def prepare(settings: TrainSettings) -> dict[str, str]:
+Settings = TypeVar("Settings", bound=RunSettings)
+
+
+def fill_in(settings: Settings, updates_per_batch: int = 1) -> Settings:
+    """With what the preset prepares; UserError where settings do not go together."""
+    world = dist.get_world_size()
+    if settings.batch_size < world * updates_per_batch:
+        raise UserError(
+            f"--batch_size {settings.batch_size} must be at least --updates_per_batch "
+            f"{updates_per_batch} times the number of processes, {world}"
+        )
+    if settings.tensorboard:
+        require_tensorboard()
+    if settings.preset == "toy":
+        torch.set_num_threads(1)  # for matrices this small, more threads only wait for each other
+    together(lambda: prepare(settings) if dist.get_rank() == 0 else None)
+    # What the command line says of these stays.
+    prepared, default = prepare(settings), type(settings)()
+    unset = {k: v for k, v in prepared.items() if getattr(settings, k) == getattr(default, k)}
+    return replace(settings, **unset)
+
+
+def prepare(settings: RunSettings) -> dict[str, str]:
     """The settings that point to what a preset trains on, which is made on its first use."""
     if settings.preset == "toy":
         return toy.prepare(settings.seed, settings.task)

@@ -23,7 +23,7 @@ from engine.model import NEED_LESS, check_length, end_tokens, room_for_prompt, s
 from engine.parallel import StopSignal, all_gather, balanced, say, together
 from engine.sampler import Request, Sample, Sampler
 from reward import ndcg_at_k
-from settings import TrainSettings, UserError
+from settings import RunSettings, TrainSettings, UserError
 from tasks import Task
 from window import Parsed, shown_text
 
@@ -126,7 +126,7 @@ def windows_at_once(settings: TrainSettings, prompt_tokens: int) -> int:
 
 
 def drop_too_long(
-    agent: Agent, windows: list[TrainingWindow], settings: TrainSettings
+    agent: Agent, windows: list[TrainingWindow], settings: RunSettings
 ) -> tuple[list[TrainingWindow], int]:
     """(the windows that fit the model with their responses, the tokens of their longest prompt);
     says which queries' do not. All are measured, each process its share, so that none can end a

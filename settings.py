@@ -43,8 +43,9 @@ IN_FLIGHT_MEANING = "responses under way at once, per process; more need more me
 
 
 @dataclass
-class TrainSettings:
-    """grpo.py's. The defaults are REARANK's where the paper gives them."""
+class RunSettings:
+    """What every training has: grpo.py's and sft.py's. The defaults are REARANK's where the paper
+    gives them."""
 
     preset: str = setting(
         "",
@@ -78,48 +79,18 @@ class TrainSettings:
         "which nDCG@10: of the order given, or the best reachable; the paper says both",
         ["initial", "best"],
     )
-    # the reward
-    reward: str = setting(
-        "", "listwise: relative, absolute, difference; setwise: exact, graded; default: the first"
-    )
-    weights: list[float] = setting(
-        [0.8, 0.1, 0.1], "listwise: of r_rank, r_format1, r_format2", within=(0, 1000), count=3
-    )
-    # sampling
-    steps: int = setting(160, "rollout batches to train on", within=(1, MANY))
-    batch_size: int = setting(128, "prompts per step (B), over all processes", within=(1, 65_536))
-    group_size: int = setting(32, "responses per prompt (G)", within=(2, 65_536))
+    # the responses
     max_new_tokens: int = setting(2048, "length limit of a response, in tokens", within=(1, MANY))
-    temperature: float = setting(
-        1.0, "of the sampling; log-probabilities are taken at it too", within=(0.01, 100)
-    )
     max_in_flight: int = setting(256, IN_FLIGHT_MEANING, within=(1, 65_536))
-    resample: int = setting(
-        0,
-        "how often a group of equal rewards is sampled again, for another window",
-        within=(0, 1000),
-    )
-    # the update
-    updates_per_batch: int = setting(
-        1, "optimizer steps per rollout batch, each on its share", within=(1, 65_536)
-    )
+    # the updates
+    steps: int = setting(160, "batches to train on", within=(1, MANY))
+    batch_size: int = setting(128, "windows per step (B), over all processes", within=(1, 65_536))
     learning_rate: float = setting(1e-6, "of AdamW, constant (not in the paper)", within=(1e-12, 1))
-    beta: float = setting(
-        0.001, "weight of the KL; 0: no reference (the paper gives no value)", within=(0, 1000)
-    )
     lora_rank: int = setting(
         0, "train a LoRA adapter of this rank (Rank-R1: 16); 0: all weights", within=(0, 10_000)
     )
     lora_alpha: int = setting(
         32, "the adapter is scaled by lora_alpha / lora_rank", within=(1, MANY)
-    )
-    clip: float = setting(
-        0.2, "eps: how far the ratio may move before its gradient stops", within=(1e-6, 1)
-    )
-    average: str = setting(
-        "sequence",
-        "mean over each response's tokens, then over responses; or over all tokens alike",
-        ["sequence", "token"],
     )
     max_grad_norm: float = setting(
         1.0, "gradients are scaled down to this norm", within=(1e-6, 1e6)
@@ -147,6 +118,56 @@ class TrainSettings:
     max_skipped: int = setting(
         10, "updates that were not finite before training stops", within=(0, MANY)
     )
+
+
+@dataclass
+class TrainSettings(RunSettings):
+    """grpo.py's."""
+
+    # the reward
+    reward: str = setting(
+        "", "listwise: relative, absolute, difference; setwise: exact, graded; default: the first"
+    )
+    weights: list[float] = setting(
+        [0.8, 0.1, 0.1], "listwise: of r_rank, r_format1, r_format2", within=(0, 1000), count=3
+    )
+    # sampling
+    group_size: int = setting(32, "responses per prompt (G)", within=(2, 65_536))
+    temperature: float = setting(
+        1.0, "of the sampling; log-probabilities are taken at it too", within=(0.01, 100)
+    )
+    resample: int = setting(
+        0,
+        "how often a group of equal rewards is sampled again, for another window",
+        within=(0, 1000),
+    )
+    # the update
+    updates_per_batch: int = setting(
+        1, "optimizer steps per rollout batch, each on its share", within=(1, 65_536)
+    )
+    beta: float = setting(
+        0.001, "weight of the KL; 0: no reference (the paper gives no value)", within=(0, 1000)
+    )
+    clip: float = setting(
+        0.2, "eps: how far the ratio may move before its gradient stops", within=(1e-6, 1)
+    )
+    average: str = setting(
+        "sequence",
+        "mean over each response's tokens, then over responses; or over all tokens alike",
+        ["sequence", "token"],
+    )
+
+
+@dataclass
+class SftSettings(RunSettings):
+    """sft.py's."""
+
+    responses: str = setting(
+        "",
+        "JSON lines of qid, given (docids as shown) and response, such as an evaluation's "
+        "windows.jsonl, to learn from instead of the best orders",
+    )
+    learning_rate: float = setting(1e-5, "of AdamW, constant", within=(1e-12, 1))
 
 
 @dataclass

@@ -12,7 +12,7 @@ from pathlib import Path
 from data import TrainingWindow, choice_training_set, read_training_queries, training_set
 from engine.model import file_beside
 from reward import listwise_reward
-from settings import AgentSettings, TrainSettings, UserError
+from settings import AgentSettings, RunSettings, UserError
 from setwise import SORTS, exact_reward, graded_reward, parse_choice, write_choice
 from sources.formats import Candidates
 from sources.trec import Qrels
@@ -39,11 +39,11 @@ class Task:
     write: Callable[[Sequence[int]], str]  # the answer that gives an order, without its tags
     rewards: dict[str, Callable[..., float]]  # by name: (parsed, grades, judged, weights) -> reward
     ranker: Callable[[int, AgentSettings], Ranker]  # of so many candidates
-    training_set: Callable[[list[Candidates], Qrels, TrainSettings], list[TrainingWindow]]
+    training_set: Callable[[list[Candidates], Qrels, RunSettings], list[TrainingWindow]]
 
 
 LISTWISE = Task(
-    does="reasons about them, and ranks them",
+    does="ranks them",
     prompt=PROMPTS / "listwise.toml",
     parse=parse_ranking,
     write=write_ranking,
@@ -58,7 +58,7 @@ LISTWISE = Task(
 )
 
 SETWISE = Task(
-    does="reasons about them, and names the best",
+    does="names the best",
     prompt=PROMPTS / "setwise.toml",
     parse=parse_choice,
     write=write_choice,
@@ -72,14 +72,14 @@ SETWISE = Task(
 TASKS = {"listwise": LISTWISE, "setwise": SETWISE}
 
 
-def load_task(settings: TrainSettings) -> tuple[Task, str | Path, Prompt, list[TrainingWindow]]:
+def load_task(settings: RunSettings) -> tuple[Task, str | Path, Prompt, list[TrainingWindow]]:
     """(the task, its prompt's file, the prompt, the windows to train on)."""
     task = TASKS[settings.task]
     prompt_file = settings.prompt or task.prompt
     return task, prompt_file, load_prompt(prompt_file), load_windows(task, settings)
 
 
-def load_windows(task: Task, settings: TrainSettings) -> list[TrainingWindow]:
+def load_windows(task: Task, settings: RunSettings) -> list[TrainingWindow]:
     """The windows to train on. UserError where there are none."""
     windows = task.training_set(*read_training_queries(settings), settings)
     if not windows:

@@ -140,6 +140,24 @@ def reply_opening(tokenizer: PreTrainedTokenizerBase) -> str:
     return "<think>" if text.rstrip().endswith("<think>") else ""
 
 
+def reply_end(tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> int:
+    """The one of the tokens that end a response with which the chat template ends a reply."""
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "turn1x"}]
+    after = encode(tokenizer, render(tokenizer, turns, generate=False).partition("turn1x")[2])
+    return next((token for token in after if token in ends), ends[0])
+
+
+def encode_response(
+    tokenizer: PreTrainedTokenizerBase, response: str, ends: list[int]
+) -> list[int]:
+    """A given response as the tokens that a model would sample, so that `decode_response` gives it
+    back. ends: the tokens that end one. UserError where it holds such a token."""
+    tokens = encode(tokenizer, response.removeprefix(reply_opening(tokenizer)))
+    if held := set(tokens) & set(ends):
+        raise UserError(f"the response holds {tokenizer.decode(list(held))!r}, which would end it")
+    return [*tokens, reply_end(tokenizer, ends)]
+
+
 def decode_response(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> str:
     """A response's text with what the template has opened, without the token that ended it."""
     tokens = sample.tokens[:-1] if sample.finished else sample.tokens

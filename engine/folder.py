@@ -24,11 +24,11 @@ from engine.checkpoint import first_difference
 from engine.files import locked, one_line, read_json, read_lines, refuse_foreign, write_whole
 from engine.parallel import all_gather, together
 from engine.provenance import hash_files, hash_model, provenance
-from settings import FREE_TO_CHANGE, TrainSettings, UserError
+from settings import FREE_TO_CHANGE, RunSettings, UserError
 
 SETTINGS, PROVENANCE = "settings.json", "provenance.json"
 LOGS = ("metrics.jsonl", "responses.jsonl", "skipped.jsonl")  # a line or more a step
-FILES = ("candidates", "qrels", "triples", "eval_candidates", "eval_qrels")
+FILES = ("candidates", "qrels", "triples", "responses", "eval_candidates", "eval_qrels")
 # Of killed writers: a file that was to be replaced, an export, a checkpoint.
 LEFT_OVER = ("*.[0-9]*.tmp", "*/*.[0-9]*.tmp", "export.tmp", "checkpoints/*.tmp")
 
@@ -37,7 +37,7 @@ LEFT_OVER = ("*.[0-9]*.tmp", "*/*.[0-9]*.tmp", "export.tmp", "checkpoints/*.tmp"
 
 
 @contextmanager
-def claimed(settings: TrainSettings) -> Iterator[Path]:
+def claimed(settings: RunSettings) -> Iterator[Path]:
     """Inside, the folder is this run's alone, held by all of its processes, and what killed ones
     left half written is gone. UserError where another process writes to it, or where it holds
     something else, or a run with other settings than are free to change."""
@@ -67,7 +67,7 @@ def claimed(settings: TrainSettings) -> Iterator[Path]:
             ) from None
 
 
-def refuse_another_run(folder: Path, settings: TrainSettings) -> None:
+def refuse_another_run(folder: Path, settings: RunSettings) -> None:
     file, bound = folder / SETTINGS, bound_settings(settings)
     if file.exists():
         others = read_json(file)
@@ -78,7 +78,7 @@ def refuse_another_run(folder: Path, settings: TrainSettings) -> None:
             )
 
 
-def bound_settings(settings: TrainSettings) -> dict[str, Any]:
+def bound_settings(settings: RunSettings) -> dict[str, Any]:
     """Those that a run which goes on must have again."""
     return {k: v for k, v in asdict(settings).items() if k not in FREE_TO_CHANGE}
 
@@ -86,12 +86,16 @@ def bound_settings(settings: TrainSettings) -> dict[str, Any]:
 # -------------------------------------------------------------------------- what it was made from
 
 
-def hash_inputs(settings: TrainSettings, prompt: str | Path) -> dict[str, Any]:
+def hash_inputs(settings: RunSettings, prompt: str | Path) -> dict[str, Any]:
     """The SHA-256 of every file that a run reads, by the setting that names it; the model's each
     by its name ({} for one that is not downloaded yet)."""
-    files = {"prompt": prompt} | {name: getattr(settings, name) for name in FILES}
+    files = {"prompt": prompt} | named_files(settings)
     hashes = {name: hash_files([path]) for name, path in files.items() if path}
     return {"model": hash_model(settings.model)} | hashes
+
+
+def named_files(settings: RunSettings) -> dict[str, str]:
+    return {name: getattr(settings, name) for name in FILES if hasattr(settings, name)}
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -105,7 +109,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def changed_inputs(folder: Path, inputs: dict[str, Any], settings: TrainSettings) -> list[str]:
+def changed_inputs(folder: Path, inputs: dict[str, Any], settings: RunSettings) -> list[str]:
     """The files that are not what the run was begun with, by name. UserError where there are any,
     unless --allow_changed."""
     begun = read_record(folder)["inputs"]
@@ -114,7 +118,7 @@ def changed_inputs(folder: Path, inputs: dict[str, Any], settings: TrainSettings
     known, now = (flat(hashes, bool(inputs["model"])) for hashes in (begun, inputs))
     changed = sorted(k for k in known.keys() | now.keys() if known.get(k) != now.get(k))
     if changed and not settings.allow_changed:
-        named = {"model": settings.model} | {name: getattr(settings, name) for name in FILES}
+        named = {"model": settings.model} | named_files(settings)
         whose = [f"{k} ({where})" if (where := named.get(k.split("/")[0])) else k for k in changed]
         raise UserError(
             f"{folder} was begun with other contents of {', '.join(whose)}: put them back, give "
@@ -133,7 +137,7 @@ def flat(hashes: dict[str, Any], with_model: bool) -> dict[str, str]:
 # ------------------------------------------------------------------------------ how far it came
 
 
-def begin(folder: Path, settings: TrainSettings, inputs: dict[str, Any], step: int) -> None:
+def begin(folder: Path, settings: RunSettings, inputs: dict[str, Any], step: int) -> None:
     """Write down that the run starts at `step`, from these inputs; the logs end there. UserError
     where it has come further than --steps, or its inputs have changed."""
     record = read_record(folder)

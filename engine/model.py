@@ -28,7 +28,7 @@ from engine import lora
 from engine.packed import Policy
 from engine.parallel import gathered, non_finite, shard_from_first, together
 from engine.probe import check_dropout, check_family, probe
-from settings import TrainSettings, UserError
+from settings import RunSettings, UserError
 
 # ------------------------------------------------------------------------------------ the choices
 
@@ -180,7 +180,7 @@ def load_whole(
 
 
 def load_policy(
-    settings: TrainSettings, dtype: torch.dtype, device: torch.device
+    settings: RunSettings, dtype: torch.dtype, device: torch.device
 ) -> tuple[Policy, PreTrainedTokenizerBase]:
     """The model that is trained, split over all processes: kept in float32, computing in `dtype`.
     UserError where it would not be trained on what it samples."""
@@ -191,7 +191,7 @@ def load_policy(
 
 
 def load_reference(
-    settings: TrainSettings, dtype: torch.dtype, device: torch.device
+    settings: RunSettings, dtype: torch.dtype, device: torch.device
 ) -> Policy | None:
     """What the policy is held to; None where beta is 0. It never changes, so it is kept in the
     precision that it computes with."""
@@ -201,7 +201,7 @@ def load_reference(
 
 
 def load_sharded(
-    settings: TrainSettings,
+    settings: RunSettings,
     kept: torch.dtype,
     computing: torch.dtype,
     device: torch.device,
@@ -216,7 +216,7 @@ def load_sharded(
     return shard_from_first(Policy(lm.eval()), device, computing), tokenizer
 
 
-def prepare(lm: PreTrainedModel, settings: TrainSettings, trained: bool) -> None:
+def prepare(lm: PreTrainedModel, settings: RunSettings, trained: bool) -> None:
     """Make a model one that is trained as the settings say, or one that never is."""
     if not trained:
         lm.requires_grad_(False)

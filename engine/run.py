@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -29,8 +29,25 @@ from engine import checkpoint, folder
 from engine.events import write_events
 from engine.files import append_lines, write_whole
 from engine.packed import Policy
-from engine.parallel import Interrupted, StopSignal, if_first, say
-from settings import TrainSettings, UserError
+from engine.parallel import Interrupted, StopSignal, if_first, say, together
+from settings import RunSettings, UserError
+
+
+def in_folder(
+    settings: RunSettings, prompt_file: str | Path, train: Callable[[Path, dict], None]
+) -> Path:
+    """Train in the run's folder, claimed, unless nothing is left to do; the folder.
+
+    train: is given the folder and what the run's files are (`folder.hash_inputs`)."""
+    with folder.claimed(settings) as output_dir:
+        inputs = if_first(lambda: folder.hash_inputs(settings, prompt_file))
+        if_first(lambda: folder.changed_inputs(output_dir, inputs, settings))
+        if together(lambda: folder.is_finished(output_dir, settings.steps)):
+            say(f"nothing is left to do: {output_dir} holds the model of {settings.steps} steps")
+        else:
+            train(output_dir, inputs)
+            say(f"saved to {output_dir}")
+    return output_dir
 
 
 class Run:
@@ -42,7 +59,7 @@ class Run:
 
     def __init__(
         self,
-        settings: TrainSettings,
+        settings: RunSettings,
         output_dir: Path,
         inputs: dict,
         policy: Policy,
@@ -125,9 +142,10 @@ class Run:
             return
         self.bar.set_postfix({name: f"{figures[name]:.3g}" for name in shown.split()})
         figures = figures | self.seconds
-        # Of the responses that are kept; what --resample throws away takes its time, too.
-        per_second = figures["tokens"] / max(figures["sample_seconds"], 0.01)
-        figures["tokens_per_second"] = round(per_second, 1)
+        if "sample_seconds" in figures:
+            # Of the responses that are kept; what --resample throws away takes its time, too.
+            per_second = figures["tokens"] / max(figures["sample_seconds"], 0.01)
+            figures["tokens_per_second"] = round(per_second, 1)
         if self.settings.tensorboard:
             write_events(self.output_dir, self.first, self.step, figures)
         for name, records in zip(folder.LOGS, ([figures], responses, skipped)):
@@ -158,15 +176,18 @@ class Run:
 
 
 def model_card(
-    settings: TrainSettings,
+    settings: RunSettings,
+    method: str,
     does: str,
+    answers: str,
     windows: int,
     before: dict[str, float] | None = None,
     after: dict[str, float] | None = None,
 ) -> str:
     """The README.md of a trained model: what it is, how it was trained, what was measured.
 
-    does: what it does with the passages it reads; windows: how many it was trained from.
+    does: what it does with the passages it reads; answers: what of each window it was trained on;
+    windows: how many there were.
     """
     base = settings.model
     rows = (f"| {name} | {value!r} |" for name, value in asdict(settings).items() if value != "")
@@ -175,15 +196,15 @@ def model_card(
     hub = f"base_model: {json.dumps(base)}\n" if not os.path.exists(base) else ""
     card = f"""---
 library_name: transformers
-{hub}tags: [reranking, information-retrieval, reasoning, grpo]
+{hub}tags: [reranking, information-retrieval, {method.lower()}]
 ---
 
-# A reasoning reranker trained with GRPO
+# A reranker trained with {method}
 
 A language model that reads a query and {settings.window_size} passages, {does}. Trained from
-`{base}` for {settings.steps} steps of {settings.batch_size} windows with {settings.group_size}
-sampled responses each, from {windows} training windows. It wants the conversation it was trained
-with: `prompt.toml` beside this file.
+`{base}` for {settings.steps} steps of {settings.batch_size} windows with {answers}
+each, from {windows} training windows. It wants the conversation it was trained with:
+`prompt.toml` beside this file.
 
 | setting | value |
 |---|---|

@@ -33,6 +33,7 @@ held-out/ndcg@10 | nDCG@10, held out | greedy; dashed: the first stage
 held-out/window_reward | Reward, held out | greedy; windows drawn as in training
 """,
     "How the policy moves": """
+nll             | Negative log-likelihood | of the given answers, nats a token
 entropy         | Entropy | nats a token, estimated from those sampled
 kl              | KL to the reference | nats a token (k3)
 clip_fraction   | Clip share | tokens whose ratio is outside 1 \N{PLUS-MINUS SIGN} eps
@@ -157,7 +158,8 @@ def settings_table(runs: list[TrainingRun]) -> list[dict]:
     "differs": between the runs}; those that differ first, then the changed ones."""
     defaults = asdict(TrainSettings())
     rows = []
-    names = dict.fromkeys([*defaults, *(name for run in runs for name in run.settings)])
+    held = dict.fromkeys(name for run in runs for name in run.settings)
+    names = [*(name for name in defaults if name in held), *(held.keys() - defaults.keys())]
     for name in (name for name in names if name != "output_dir"):
         values = [run.settings.get(name, defaults.get(name, "")) for run in runs]
         rows.append(
