@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -21,17 +22,30 @@ from engine.sampler import Request, Sample, Sampler
 from settings import AgentSettings, UserError
 from sources.formats import Candidates, Passage
 from tasks import TASKS, Task, say_another_task, settle
-from window import OPENING_TURNS, Parsed, Prompt, Ranker, conversation, load_prompt, run_rankers
+from window import (
+    OPENING_TURNS,
+    Parsed,
+    Prompt,
+    Ranker,
+    Response,
+    conversation,
+    load_prompt,
+    run_rankers,
+)
+
+if TYPE_CHECKING:
+    from endpoint import Endpoint
 
 
 @dataclass(frozen=True)
 class Agent:
     """A model, how it is talked to, and what it is asked for."""
 
-    policy: Policy
-    tokenizer: PreTrainedTokenizerBase
+    policy: Policy | None  # None: a server has it
+    tokenizer: PreTrainedTokenizerBase | None
     prompt: Prompt
     task: Task
+    endpoint: "Endpoint | None" = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,15 +75,7 @@ class Answer:
     tokens: int
     cut_off: bool  # by max_new_tokens
     too_long: bool = False  # for the model, so it was not asked
-
-
-@dataclass(frozen=True)
-class Response:
-    """What the model wrote of one window."""
-
-    text: str
-    tokens: int
-    cut_off: bool  # by max_new_tokens
+    prompt_tokens: int = 0
 
 
 Known = Mapping[tuple[str, int], Answer]  # by qid and window
@@ -78,15 +84,21 @@ OnText = Callable[[str, Shown], None]  # (a piece of a response, its window)
 
 def load_agent(settings: AgentSettings, device: torch.device | None = None) -> Agent:
     """The agent on `device`, by default the GPU where there is one. Its task and its prompt are
-    the settings', else the model's own (see `settle`)."""
+    the settings', else the model's own (see `settle`). With --endpoint nothing is loaded."""
     if settings.prompt:
         load_prompt(settings.prompt)  # before the weights: it may be misspelt
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = choose_dtype(settings.dtype, device)
-    policy, tokenizer = load_whole(settings.model, dtype, device)
+    policy = tokenizer = endpoint = None
+    if settings.endpoint:
+        from endpoint import Endpoint  # takes a second, for a package that few need
+
+        endpoint = Endpoint(settings)
+    else:
+        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = choose_dtype(settings.dtype, device)
+        policy, tokenizer = load_whole(settings.model, dtype, device)
     settings = settle(settings)
     say_another_task(settings)
-    return Agent(policy, tokenizer, load_prompt(settings.prompt), TASKS[settings.task])
+    return Agent(policy, tokenizer, load_prompt(settings.prompt), TASKS[settings.task], endpoint)
 
 
 def encode_window(
@@ -112,6 +124,7 @@ class LocalModel:
     def __init__(self, agent: Agent, settings: AgentSettings, on_text: OnText | None = None):
         self.agent, self.settings, self.on_text = agent, settings, on_text
         self.streams: dict[Shown, Callable[[int], str]] = {}
+        self.prompt_tokens: dict[Shown, int] = {}
         self.sampler = Sampler(
             agent.policy,
             end_tokens(agent.policy.lm, agent.tokenizer),
@@ -129,6 +142,7 @@ class LocalModel:
         check_length(agent.policy.lm, len(ids), settings.max_new_tokens)
         # No two windows draw the same numbers, and each the same whichever others are asked.
         seed = (settings.seed, zlib.crc32(shown.query.qid.encode()), shown.window)
+        self.prompt_tokens[shown] = len(ids)
         self.sampler.submit(Request(shown, ids, prefix=prefix, seed=seed))
 
     def collect(self) -> Iterable[tuple[Shown, Response]]:
@@ -139,7 +153,8 @@ class LocalModel:
                     f"{self.settings.dtype}: try --dtype bfloat16 or float32"
                 )
             text = decode_response(self.agent.tokenizer, sample)
-            yield shown, Response(text, len(sample.tokens), cut_off=not sample.finished)
+            read = self.prompt_tokens.pop(shown)
+            yield shown, Response(text, read, len(sample.tokens), cut_off=not sample.finished)
 
     def stream(self, shown: Shown, sample: Sample) -> None:
         if shown not in self.streams:
@@ -147,6 +162,25 @@ class LocalModel:
         text_of = self.streams.pop(shown) if sample.done else self.streams[shown]
         if not sample.finished and (text := text_of(sample.tokens[-1])):
             self.on_text(text, shown)
+
+
+class ServerModel:
+    """The same for a model that a server has; its texts are streamed as wholes."""
+
+    def __init__(self, agent: Agent, settings: AgentSettings, on_text: OnText | None = None):
+        self.prompt, self.seed, self.on_text = agent.prompt, settings.seed, on_text
+        self.conversations = agent.endpoint.conversations()
+
+    def submit(self, shown: Shown) -> None:
+        query, texts = shown.query, [passage.text for passage in shown.passages]
+        seed = zlib.crc32(f"{self.seed} {shown.window} {query.qid}".encode()) >> 1  # 31 bits
+        self.conversations.submit(shown, conversation(query.query, texts, self.prompt), seed)
+
+    def collect(self) -> Iterable[tuple[Shown, Response | TooLong]]:
+        for shown, response in self.conversations.collect():
+            if self.on_text and isinstance(response, Response):
+                self.on_text(response.text, shown.query.qid, shown.window)
+            yield shown, response
 
 
 def rank_batch(
@@ -167,7 +201,7 @@ def rank_batch(
         it raises TooLong.
     on_text: is called with the responses as they are written, piece by piece.
     """
-    model = LocalModel(agent, settings, on_text)
+    model = (ServerModel if agent.endpoint else LocalModel)(agent, settings, on_text)
     ready: list[tuple[Shown, Answer]] = []  # what the model is not asked for
 
     def submit(shown: Shown) -> None:
@@ -180,16 +214,22 @@ def rank_batch(
         try:
             model.submit(shown)
         except TooLong as error:
-            if not keep_too_long:
-                raise TooLong(f"query {shown.query.qid}: {error}") from None
-            on_answer(answer := not_asked(shown))
-            ready.append((shown, answer))
+            keep_order(shown, error)
+
+    def keep_order(shown: Shown, error: TooLong) -> None:
+        if not keep_too_long:
+            raise TooLong(f"query {shown.query.qid}: {error}") from None
+        on_answer(answer := not_asked(shown))
+        ready.append((shown, answer))
 
     def collect() -> Iterable[tuple[Shown, list[int]]]:
         while ready:
             shown, answer = ready.pop()
             yield shown, [answer.given.index(docid) for docid in answer.ranked]
         for shown, response in model.collect():
+            if isinstance(response, TooLong):
+                keep_order(shown, response)
+                continue
             parsed = agent.task.parse(response.text, len(shown.passages), agent.prompt.reasoning)
             on_answer(answer_of(shown, response, parsed))
             yield shown, parsed.order
@@ -208,6 +248,7 @@ def answer_of(shown: Shown, response: Response, parsed: Parsed) -> Answer:
         response=response.text,
         tokens=response.tokens,
         cut_off=response.cut_off,
+        prompt_tokens=response.prompt_tokens,
     )
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from agent import Agent, Answer, Known, Shown, load_agent, rank_batch, rank_windows
@@ -34,6 +35,7 @@ from sources.load import JudgedSet, load_each, refuse_files_of_many
 from sources.registry import GROUPS, expand
 from sources.trec import Qrels
 from tasks import TASKS, settle
+from window import NoAnswer
 
 T = TypeVar("T")
 
@@ -49,15 +51,21 @@ def load_judged(names: list[str], sources: SourceSettings, reranker: str) -> lis
     return sets
 
 
+def load_model(settings: AgentSettings, device: torch.device) -> Agent:
+    if settings.endpoint and dist.get_world_size() > 1:
+        raise UserError("--endpoint: one process asks the server, so start it without torchrun")
+    return load_agent(settings, device)
+
+
 def choose_reranker(
-    name: str, evaluations: list[Evaluation], settings: AgentSettings, load: Callable[[], Agent]
+    name: str, evaluations: list[Evaluation], settings: AgentSettings, agent: Agent | None
 ) -> Reranker:
     if name == "none":
         return lambda candidates, *_: candidates
     if name == "oracle":
         qrels = {e.key(qid): grades for e in evaluations for qid, grades in e.qrels.items()}
         return partial(oracle_rerank, qrels, settings)
-    return partial(rank_batch, load(), settings, keep_too_long=True)
+    return partial(rank_batch, agent, settings, keep_too_long=True)
 
 
 def oracle_rerank(
@@ -107,21 +115,23 @@ def print_metrics(metrics: list[dict]) -> None:
                 f"{of}{m['too_long']} windows were too long for the model and kept their order, of "
                 f"{len(qids)} queries: {some}"
             )
-    counted = ("queries", "windows", "malformed", "cut_off", "tokens")
+    counted = ("queries", "windows", "malformed", "cut_off", "prompt_tokens", "tokens")
     counts = (f"{sum(m[k] for m in metrics)} {k.replace('_', ' ')}" for k in counted)
     print(f"{', '.join(counts)}, {metrics[0]['seconds']} s")
 
 
 def explain(error: BaseException, stop: StopSignal, folders: list[Path], in_flight: int) -> None:
     """Raise what an evaluation's error means to the one who started it, where it means more."""
+    begun = [folder for folder in folders if (folder / UNFINISHED).exists()]
+    kept = sum(kept_windows(folder) for folder in begun)
+    where = f"{kept} windows are kept in {', '.join(map(str, begun))}, and the same command goes on"
     if stop.number:  # a signal may come out of a library as an error of its own
         stop.at_once = False  # torchrun repeats the signal
-        begun = [folder for folder in folders if (folder / UNFINISHED).exists()]
         if begun:
-            kept = sum(kept_windows(folder) for folder in begun)
-            where = f"{kept} windows are kept in {', '.join(map(str, begun))}"
-            say(f"interrupted: {where}, and the same command goes on", file=sys.stderr)
+            say(f"interrupted: {where}", file=sys.stderr)
         raise SystemExit(128 + stop.number) from None
+    if isinstance(error, NoAnswer) and begun:
+        raise UserError(f"{error}; {where}") from None
     if is_out_of_memory(error):
         raise UserError(
             f"out of memory: a smaller --max_in_flight than {in_flight} needs less, and goes on "
@@ -171,18 +181,20 @@ def measure_sets(
         for s, folder in zip(sets, folders)
     ]
 
-    def begin_all() -> list[Evaluation]:
+    def begin_all(served: dict | None) -> list[Evaluation]:
         settled = settle(agent_settings) if settings.reranker == "model" else agent_settings
         begun = []
         for evaluation, judged in zip(evaluations, sets):
-            facts = deciding_facts(judged, settings.reranker, settled)
-            about = full_record(facts, sources, settings, settled)
+            facts = deciding_facts(judged, settings.reranker, settled, served)
+            about = full_record(facts, sources, settings, settled, served)
             known = begin(evaluation.output_dir, facts)
             begun.append(replace(evaluation, known=known, about=about))
         return begun
 
-    rerank = together(lambda: choose_reranker(settings.reranker, evaluations, agent_settings, load))
-    return measure_all(from_first(begin_all), rerank)
+    agent = together(lambda: load() if settings.reranker == "model" else None)
+    served = agent.endpoint.served if agent and agent.endpoint else None
+    rerank = choose_reranker(settings.reranker, evaluations, agent_settings, agent)
+    return measure_all(from_first(lambda: begin_all(served)), rerank)
 
 
 def evaluate(
@@ -203,7 +215,7 @@ def evaluate(
                     sources,
                     settings,
                     agent_settings,
-                    lambda: load_agent(agent_settings, device),
+                    lambda: load_model(agent_settings, device),
                 )
         except BaseException as error:
             explain(error, stop, folders, agent_settings.max_in_flight)

@@ -148,6 +148,7 @@ def measure(
         "cut_off": sum(answer.cut_off for answer in answers),
         "too_long": sum(answer.too_long for answer in answers),
         "too_long_queries": sorted({answer.qid for answer in answers if answer.too_long}),
+        "prompt_tokens": sum(answer.prompt_tokens for answer in answers),
         "tokens": sum(answer.tokens for answer in answers),
         "seconds": seconds,
         **evaluation.about,
@@ -187,6 +188,7 @@ def rerank_share(
         if e.key(qid) in owner
     }
     malformed = sum(answer.malformed for answer in answers.values())
+    tokens = 0  # that this start takes
     desc = "windows" if world == 1 else "process 0's windows"
     with (
         ExitStack() as files,
@@ -195,13 +197,14 @@ def rerank_share(
         logs = {str(e.output_dir): files.enter_context(open_part(e, rank)) for e in evaluations}
 
         def on_answer(answer: Answer) -> None:
-            nonlocal malformed
+            nonlocal malformed, tokens
             folder, qid = owner[answer.qid]
             answers[answer.qid, answer.window] = replace(answer, qid=qid)
             logs[folder].write(json_line(answers[answer.qid, answer.window]))
             logs[folder].flush()
             malformed += answer.malformed
-            bar.set_postfix(malformed=malformed, refresh=False)
+            tokens += answer.prompt_tokens + answer.tokens
+            bar.set_postfix(malformed=malformed, tokens=f"{tokens:,}", refresh=False)
             bar.update()
 
         queries = [replace(query, qid=e.key(query.qid)) for e, query in mine]

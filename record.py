@@ -14,18 +14,24 @@ from sources.trec import qrels_lines
 
 # What counts where no model answers; with one, everything does but CHANGE_NO_ANSWER.
 USED = {"none": (), "oracle": ("task", "window_size", "step_size", "sort", "sort_top")}
-CHANGE_NO_ANSWER = ("max_in_flight",)  # who ran out of memory may go on with less
+CHANGE_NO_ANSWER = ("max_in_flight", "max_tokens_total")  # who ran out may go on with others
+UNUSED_HERE, UNUSED_ELSEWHERE = ("endpoint", "max_tokens_total"), ("dtype",)  # by where it runs
 
 
 def used_settings(reranker: str, agent: AgentSettings) -> dict:
     """The agent's settings that a reranker of this kind looks at."""
     settings = asdict(agent)
-    return {name: settings[name] for name in USED.get(reranker, settings)}
+    unused = UNUSED_ELSEWHERE if agent.endpoint else UNUSED_HERE
+    used = [name for name in settings if name not in unused]
+    return {name: settings[name] for name in USED.get(reranker, used)}
 
 
-def deciding_facts(judged: JudgedSet, reranker: str, agent: AgentSettings) -> dict:
+def deciding_facts(
+    judged: JudgedSet, reranker: str, agent: AgentSettings, served: dict | None = None
+) -> dict:
     """{"settings", "sha256"}: all that decides the answers, as JSON has it. Candidates and
-    judgments by the hash of the files that first_stage.py writes of them."""
+    judgments by the hash of the files that first_stage.py writes of them; of a server's model,
+    "served" is what the server calls it."""
     used = used_settings(reranker, agent)
     hashes = {
         "candidates": hash_lines(candidates_lines(judged.candidates)),
@@ -33,17 +39,24 @@ def deciding_facts(judged: JudgedSet, reranker: str, agent: AgentSettings) -> di
     }
     if reranker == "model":
         hashes["prompt"] = hash_files([agent.prompt])
-        hashes["model"] = hash_model(agent.model)
+        if not served:
+            hashes["model"] = hash_model(agent.model)
     deciding = {name: value for name, value in used.items() if name not in CHANGE_NO_ANSWER}
-    return {"settings": {"reranker": reranker, **deciding}, "sha256": hashes}
+    facts = {"settings": {"reranker": reranker, **deciding}, "sha256": hashes}
+    return facts | ({"served": {"model": served["model"]}} if served else {})
 
 
 def full_record(
-    facts: dict, sources: SourceSettings, settings: EvaluateSettings, agent: AgentSettings
+    facts: dict,
+    sources: SourceSettings,
+    settings: EvaluateSettings,
+    agent: AgentSettings,
+    served: dict | None = None,
 ) -> dict:
     """The facts with every other setting that was looked at, the code and the versions."""
     every = asdict(sources) | used_settings(settings.reranker, agent) | facts["settings"]
-    return facts | {"settings": every} | provenance()
+    said = {"served": served} if served else {}
+    return facts | said | {"settings": every} | provenance()
 
 
 def default_folder(
@@ -59,7 +72,7 @@ def default_folder(
         stem([name] if name else [], sources),
         Path(agent.model).name if settings.reranker == "model" else settings.reranker,
         *([f"top_k={sources.top_k}"] if sources.top_k != SourceSettings().top_k else []),
-        *(f"{k}={v}" for k, v in differ.items() if k not in ("model", "prompt")),
+        *(f"{k}={v}" for k, v in differ.items() if k not in ("model", "prompt", "endpoint")),
         *([Path(agent.prompt).stem] if "prompt" in differ else []),
     ]
     key = key_of([name, settings.reranker, changed(sources), decides])

@@ -221,6 +221,14 @@ class AgentSettings:
         0.0, "sampling temperature; 0 is greedy", within=(0.01, 100), or_zero=True
     )
     max_in_flight: int = setting(64, IN_FLIGHT_MEANING, within=(1, 65_536))
+    endpoint: str = setting(
+        "", "URL of an OpenAI-compatible server that runs --model (docs/endpoint.md)"
+    )
+    max_tokens_total: int = setting(
+        0,
+        "endpoint: tokens (prompts and responses) that one start may take; 0: no limit",
+        within=(0, 10**12),
+    )
     seed: int = setting(0, "of the sampling, where the temperature is not 0", within=(0, 2**32 - 1))
     dtype: str = setting(
         "auto",

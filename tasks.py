@@ -93,26 +93,33 @@ def load_windows(task: Task, settings: RunSettings) -> list[TrainingWindow]:
 def settle(settings: AgentSettings) -> AgentSettings:
     """With task and prompt decided: the flag's, else the model's own, else listwise and the task's.
     For another task than it was trained for, the prompt is not the model's own."""
-    trained_for = own_task(settings.model)
+    trained_for = own_task(settings)
     task = settings.task or trained_for or next(iter(TASKS))
-    own = file_beside(settings.model, "prompt.toml") if task == (trained_for or task) else None
+    own = beside_model(settings, "prompt.toml") if task == (trained_for or task) else None
     return replace(settings, task=task, prompt=settings.prompt or str(own or TASKS[task].prompt))
 
 
 def say_another_task(settings: AgentSettings) -> None:
     """Say where the model was trained for another task than it is asked for."""
-    trained_for = own_task(settings.model)
+    trained_for = own_task(settings)
     if trained_for not in (None, settings.task) and os.environ.get("RANK", "0") == "0":
         words = f"{settings.model} was trained for {trained_for}, not for {settings.task}"
         print(words, file=sys.stderr)
 
 
-def own_task(model: str) -> str | None:
+def beside_model(settings: AgentSettings, file: str) -> Path | None:
+    """`file_beside` the model; a server's has files where its name is a folder's here, as when the
+    server runs an export."""
+    foreign = settings.endpoint and not Path(settings.model).is_dir()
+    return None if foreign else file_beside(settings.model, file)
+
+
+def own_task(settings: AgentSettings) -> str | None:
     """The task that a model was trained for, where the settings of its training lie beside it."""
-    path = file_beside(model, "settings.json")
+    path = beside_model(settings, "settings.json")
     try:
-        settings = json.loads(path.read_text(encoding="utf-8")) if path else {}
+        trained = json.loads(path.read_text(encoding="utf-8")) if path else {}
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}; without it the model can") from None
-    task = settings.get("task") if isinstance(settings, dict) else None
+    task = trained.get("task") if isinstance(trained, dict) else None
     return task if task in TASKS else None

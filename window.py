@@ -102,6 +102,21 @@ def conversation(query: str, passages: Sequence[str], prompt: Prompt) -> list[di
 
 # -------------------------------------------------------------------------------- the response
 
+
+@dataclass(frozen=True)
+class Response:
+    """What a model wrote of one window."""
+
+    text: str
+    prompt_tokens: int
+    tokens: int
+    cut_off: bool  # by max_new_tokens
+
+
+class NoAnswer(UserError):
+    """A model that others run answers no more; what it has answered may be kept."""
+
+
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 LABEL = re.compile(r"\[\s*([0-9]{1,9})\s*\]")
 RANKING = re.compile(r"\s*\[[0-9]+\](?:\s*>\s*\[[0-9]+\])*\s*")

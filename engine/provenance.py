@@ -20,7 +20,7 @@ from huggingface_hub.errors import HFValidationError
 from engine import lora
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("torch", "transformers", "peft", "flash-attn", "pyserini", "ir-measures")
+PACKAGES = ("torch", "transformers", "peft", "flash-attn", "pyserini", "ir-measures", "openai")
 # What decides how a model answers; its folder may hold logs and more beside them.
 MODEL_FILES = (
     "*.safetensors *.safetensors.index.json *config.json tokenizer* chat_template* vocab* "
