@@ -11,7 +11,8 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -56,12 +57,40 @@ def prompt_attention(device: torch.device) -> str:
 def load_config(name: str) -> PreTrainedConfig:
     """UserError, naming --model, where there is none or its kind of model is not supported."""
     try:
+        require_model(name)
         base = lora.base_of(name) or name
+        require_model(base)
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         check_family(config)
         return config
     except Exception as error:  # of what lies in a damaged file, any
         raise not_loaded(name, error) from None
+
+
+def require_model(name: str) -> None:
+    """UserError where there is no such folder, and the hub, asked once, gives no such model. Where
+    it cannot be asked, what was downloaded before is used, and it is not asked again."""
+    if Path(name).is_dir():
+        return
+    try:
+        HfApi().model_info(name, timeout=10)
+    except Exception as error:  # whatever a network can do
+        why = str(error).strip().split("\n")[0]
+        if not is_downloaded(name):
+            raise UserError(
+                f"no folder has that name, and the hub gives no such model ({why}): give a model's "
+                "folder, or its name on the hub; without a network, one that was downloaded before"
+            ) from None
+        if not constants.HF_HUB_OFFLINE:
+            print(f"{name}: as it was downloaded before ({why})", file=sys.stderr)
+        constants.HF_HUB_OFFLINE = True
+
+
+def is_downloaded(name: str) -> bool:
+    with suppress(HFValidationError):  # a path
+        files = ("config.json", "adapter_config.json")
+        return any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
+    return False
 
 
 def not_loaded(name: str, error: Exception) -> UserError:

@@ -1,16 +1,17 @@
 """Real runs, killed and hurt: what is lost?
 
     python tests/faults.py            # a few of each fault, some minutes on two cores
-    python tests/faults.py --long     # at least 50 kills
+    python tests/faults.py --long     # more than 100 kills; or --times 5, of each fault at most
 
 Every run is compared with one that nothing happened to: it must end with the same weights, bit for
-bit, and have logged the same figures and responses for every step. Prints the README's table.
+bit, and have logged the same figures and responses for every step. Prints docs/faults.md's table.
 """
 
 import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,8 @@ from tiny_model import save_tiny_model
 
 import evaluate
 import grpo
+from engine.files import locked
+from settings import UserError
 from sources import formats, trec
 
 ROOT = Path(__file__).parents[1]
@@ -66,13 +69,14 @@ class Bench:
         self.runs += 1
         return self.folder / f"run{self.runs}"
 
-    def start(self, program: Callable[[], None], out: Path) -> int:
-        """`python grpo.py` or `evaluate.py`; its pid."""
+    def start(self, program: Callable[[], None], out: Path, stream: int | None = None) -> int:
+        """`python grpo.py` or `evaluate.py`, which prints to its log or to `stream`; its pid."""
         out.mkdir(parents=True, exist_ok=True)
         flags = self.train if program is grpo.main else self.evaluate
 
         def run() -> None:
             file = os.open(out / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            file = file if stream is None else stream
             os.dup2(file, 1)
             os.dup2(file, 2)
             sys.argv = ["", *flags, "--output_dir", str(out)]
@@ -115,7 +119,7 @@ def torchrun(processes: int, flags: list[str], out: Path) -> subprocess.Popen:
                                 stdout=file, stderr=file)  # fmt: skip
 
 
-def ended(pid: int, within: float = 120) -> int | None:
+def ended(pid: int, within: float = 600) -> int | None:
     """Its exit status (-N for signal N), or None where it still runs after so many seconds."""
     end = time.monotonic() + within
     while time.monotonic() < end:
@@ -150,11 +154,17 @@ def steps_kept(out: Path) -> int:
     return max((int(name.removeprefix("step-")) for name in names), default=0)
 
 
-def check_end(bench: Bench, out: Path, program: Callable[[], None] = grpo.main) -> None:
-    """Let a run end, and compare."""
+def check_end(
+    bench: Bench, out: Path, program: Callable[[], None] = grpo.main, alike: bool = True
+) -> None:
+    """Let a run end, and compare; not `alike`: only the responses to all steps, for two processes
+    round otherwise than one."""
     expected, _ = bench.trained if program is grpo.main else bench.evaluated
     assert ended(bench.start(program, out)) == 0, log(out)
-    assert result(out) == expected, f"{out}: another result"
+    same = slice(0 if alike else -1, None)
+    assert result(out)[same] == expected[same], f"{out}: another result"
+    if program is grpo.main:
+        assert [line["step"] for line in result(out)[1]] == list(range(STEPS))
 
 
 # ------------------------------------------------------------------------------- the faults
@@ -217,7 +227,8 @@ def interrupted(bench: Bench, times: int) -> str:
 
 
 def damaged(bench: Bench, times: int) -> str:
-    """The newest checkpoint, cut, changed by one bit, without a file, or not one at all."""
+    """The newest checkpoint, cut, changed by one bit, without a file, with one more, of another
+    step, or not one at all."""
     rng = random.Random(5)
     for i in range(times):
         out = bench.new_run()
@@ -228,16 +239,20 @@ def damaged(bench: Bench, times: int) -> str:
         ended(pid)
         newest = out / "checkpoints" / f"step-{steps_kept(out):06}"
         shard = next(newest.glob("shard-*"))
-        content = bytearray(shard.read_bytes())
-        if i % 4 == 0:
+        content, facts = bytearray(shard.read_bytes()), newest / "checkpoint.json"
+        if i % 6 == 0:
             content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
             shard.write_bytes(content)
-        elif i % 4 == 1:
+        elif i % 6 == 1:
             shard.write_bytes(content[: rng.randrange(len(content))])
-        elif i % 4 == 2:
+        elif i % 6 == 2:
             shard.unlink()
+        elif i % 6 == 3:
+            shutil.copy(bench.folder / "tiny" / "model.safetensors", newest / "stray.safetensors")
+        elif i % 6 == 4:
+            facts.write_text(facts.read_text().replace('"step": ', '"step": 1'))
         else:
-            (newest / "checkpoint.json").write_text("{}")
+            facts.write_text("{}")
         check_end(bench, out)
         assert f"{newest}: not used" in log(out) and "going on from step" in log(out)
     return "the steps since the checkpoint before it, done again"
@@ -299,6 +314,75 @@ def one_of_two_killed(bench: Bench, times: int) -> str:
     return f"at most 2 steps, done again; all ended within {slowest:.1f} s"
 
 
+def launcher_killed(bench: Bench, times: int) -> str:
+    """torchrun killed, its processes live on: a second start must leave the folder to them."""
+    refused = 0
+    for _ in range(times):
+        out = bench.new_run()
+        launcher = torchrun(2, bench.train, out)
+        while not steps_done(out):
+            assert launcher.poll() is None, log(out)
+            time.sleep(0.01)
+        launcher.kill()
+        launcher.wait()
+        refused += ended(bench.start(grpo.main, out)) == 1 and "is in use by" in log(out)
+        while in_use(out):
+            time.sleep(0.1)
+        check_end(bench, out, alike=False)
+    assert refused == times, f"{refused} of {times} second starts were refused"
+    return "nothing: a second start is refused while they live"
+
+
+def in_use(out: Path) -> bool:
+    try:
+        with locked(out):
+            return False
+    except UserError:
+        return True
+
+
+def two_at_once(bench: Bench, times: int) -> str:
+    for _ in range(times):
+        out = bench.new_run()
+        pids = [bench.start(grpo.main, out) for _ in range(2)]
+        assert sorted(ended(pid) for pid in pids) == [0, 1] and "is in use by" in log(out)
+        check_end(bench, out)
+    return "nothing: one is refused"
+
+
+def nothing_printed(bench: Bench, times: int) -> str:
+    """The disk of the log is full, or whoever read the output is gone."""
+    for i in range(times):
+        out, (reader, pipe) = bench.new_run(), os.pipe()
+        os.close(reader)
+        full = os.open("/dev/full", os.O_WRONLY)
+        assert ended(bench.start(grpo.main, out, full if i % 2 else pipe)) == 0
+        os.close(full)
+        os.close(pipe)
+        assert result(out) == bench.trained[0]
+    return "what was printed"
+
+
+def inputs_changed(bench: Bench, times: int) -> str:
+    """Between a kill and the next start."""
+    names = ["tiny/model.safetensors", "tiny/chat_template.jinja", "candidates.jsonl", "qrels.txt"]
+    for i in range(times):
+        out = bench.new_run()
+        pid = bench.start(grpo.main, out)
+        while steps_kept(out) < 2:
+            assert ended(pid, 0.001) is None, log(out)
+        os.kill(pid, signal.SIGKILL)
+        ended(pid)
+        file = bench.folder / names[i % len(names)]
+        content = file.read_bytes()
+        file.write_bytes(content + b"\n")
+        assert ended(bench.start(grpo.main, out)) == 1, log(out)
+        assert "begun with other contents of" in log(out) and file.name in log(out)
+        file.write_bytes(content)
+        check_end(bench, out)
+    return "nothing: refused by name, until it is put back"
+
+
 def evaluation_killed(bench: Bench, times: int) -> str:
     rng, (_, seconds) = random.Random(7), bench.evaluated
     kills = 0
@@ -315,7 +399,7 @@ def evaluation_killed(bench: Bench, times: int) -> str:
     return "the windows under way; the same files"
 
 
-# name, function, how often in short and in long
+# name, function, how often in short (0: not at all) and in long
 FAULTS = [
     ("training killed (SIGKILL) at a random moment", killed, 2, 30),
     ("training killed while a checkpoint is written", killed_while_saving, 1, 20),
@@ -323,18 +407,26 @@ FAULTS = [
     ("SIGTERM at a random moment", terminated, 1, 20),
     ("Ctrl-C at a random moment", interrupted, 1, 10),
     ("newest checkpoint damaged", damaged, 1, 12),
+    ("torchrun killed, its processes live on", launcher_killed, 0, 5),
+    ("two starts at once", two_at_once, 1, 5),
+    ("output into a closed pipe, or onto a full disk", nothing_printed, 1, 6),
+    ("a file that is trained on changed after a kill", inputs_changed, 0, 8),
     ("disk full while checkpoints are written", disk_full, 1, 3),
     ("evaluation killed at a random moment", evaluation_killed, 2, 20),
 ]
 
 
 def main() -> None:
-    long = "--long" in sys.argv
+    long, most = "--long" in sys.argv, sys.maxsize
+    if "--times" in sys.argv:
+        long, most = True, int(sys.argv[sys.argv.index("--times") + 1])
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
         print("| fault | times | lost |\n|---|---|---|")
         for name, fault, few, many in FAULTS:
-            times = many if long else few
+            times = min(many if long else few, most)
+            if not times:
+                continue
             try:
                 print(f"| {name} | {times} | {fault(bench, times)} |", flush=True)
             except PermissionError as error:

@@ -12,5 +12,6 @@ def test_real_runs_survive_a_few_of_each_fault():
     script = Path(__file__).with_name("faults.py")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
+    struck = [name for name, _, few, _ in FAULTS if few]
     rows = done.stdout.splitlines()[2:]
-    assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name, *_ in FAULTS]
+    assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in struck]
