@@ -2,7 +2,7 @@
 
     python benchmarks/toy_learning.py listwise 11 12 13        # 6 minutes a seed on one core
     python benchmarks/toy_learning.py setwise 11 12 13
-    python benchmarks/toy_learning.py listwise 91 92 93 --dtype bfloat16 --no_control
+    python benchmarks/toy_learning.py listwise 92 93 --dtype bfloat16 --steps 100 --no_control
 
 For each seed (of the world, the warm start and the training alike), greedy and held out, nDCG@10
 of the reranked candidates (listwise) or the share of windows whose best passage is named (setwise):
@@ -50,10 +50,10 @@ OUT = Path(__file__).parents[1] / "runs" / "toy_learning"
 FIGURE = {"listwise": "ndcg@10", "setwise": "window_reward"}
 
 
-def train(task: str, seed: int, name: str, dtype: str) -> Path:
+def train(task: str, seed: int, name: str, dtype: str, steps: int) -> Path:
     settings = TrainSettings(
         preset="toy", task=task, seed=seed, dtype=dtype,
-        output_dir=str(OUT / f"{task}-{seed}-{name}-{dtype}"), **toy.PRESET,
+        output_dir=str(OUT / f"{task}-{seed}-{name}-{dtype}"), **toy.PRESET | {"steps": steps},
     )  # fmt: skip
     return grpo.train(settings)
 
@@ -136,8 +136,14 @@ def held_out(task: str, run: Path, when: str) -> float:
     return json.loads((run / when / "held_out.json").read_text())[FIGURE[task]]
 
 
-def measure(task: str, seed: int, dtype: str = "float32", control: bool = True) -> dict:
-    run = train(task, seed, "reward", dtype)
+def measure(
+    task: str,
+    seed: int,
+    dtype: str = "float32",
+    steps: int = toy.PRESET["steps"],
+    control: bool = True,
+) -> dict:
+    run = train(task, seed, "reward", dtype, steps)
     files = toy.prepare(seed, task)
     sampling = TrainSettings(seed=seed, **toy.PRESET | {"draws": 3})
     windows = TASKS[task].training_set(
@@ -148,19 +154,20 @@ def measure(task: str, seed: int, dtype: str = "float32", control: bool = True) 
         "task": task,
         "seed": seed,
         "dtype": dtype,
+        "steps": steps,
         "before": held_out(task, run, "before"),
         "after": held_out(task, run, "after"),
         "demo": demonstrator_figure(task, files, windows),
         "swapped": swapped_figure(task, run, files, windows, dtype),
         "form": well_formed(task, run),
-    } | (measure_control(task, seed, dtype) if control else {})
+    } | (measure_control(task, seed, dtype, steps) if control else {})
 
 
-def measure_control(task: str, seed: int, dtype: str) -> dict:
+def measure_control(task: str, seed: int, dtype: str, steps: int) -> dict:
     score = rollout.score
     rollout.score = shuffled(score, seed)
     try:
-        run = train(task, seed, "shuffled", dtype)
+        run = train(task, seed, "shuffled", dtype, steps)
     finally:
         rollout.score = score
     return {"shuffled": held_out(task, run, "after"), "shuffled_form": well_formed(task, run)}
@@ -172,11 +179,12 @@ def main() -> None:
     parser.add_argument("task", choices=FIGURE)
     parser.add_argument("seeds", type=int, nargs="+")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--steps", type=int, default=toy.PRESET["steps"])
     parser.add_argument("--no_control", action="store_true")
     args = parser.parse_args()
     rows = []
     for seed in args.seeds:
-        rows.append(measure(args.task, seed, args.dtype, not args.no_control))
+        rows.append(measure(args.task, seed, args.dtype, args.steps, not args.no_control))
         with open(Path(__file__).with_suffix(".jsonl"), "a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
     print("| " + " | ".join(rows[0]) + " |")

@@ -269,8 +269,8 @@ def explained(phase: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"out of memory ({phase}): {SMALLER[phase]}; what takes how much, the same command "
-            f"with --dry_run True tells\n{error}"
+            f"out of memory ({phase}): {SMALLER[phase]}; what takes how much, grpo.py "
+            f"--dry_run True tells\n{error}"
         ) from error
 
 
