@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from data import TrainingWindow, choice_training_set, read_training_queries, training_set
-from engine.model import file_beside
+from engine.hub import file_beside
 from reward import listwise_reward
 from settings import AgentSettings, RunSettings, UserError
 from setwise import SORTS, exact_reward, graded_reward, parse_choice, write_choice

@@ -21,10 +21,18 @@ def import_peft():
 
 
 def base_of(name: str) -> str | None:
-    """The base model that an adapter names; None where `name` is no adapter."""
+    """The base model that an adapter names; None where `name` is no adapter. UserError where its
+    adapter_config.json is damaged."""
     if find_adapter_config_file(name) is None:
         return None
-    return import_peft().PeftConfig.from_pretrained(name).base_model_name_or_path
+    config = import_peft().PeftConfig
+    try:
+        base = config.from_pretrained(name).base_model_name_or_path
+    except Exception as error:  # of what lies in a damaged file, any
+        raise UserError(f"{name}/adapter_config.json: damaged: {error!r:.200}") from None
+    if not isinstance(base, str):
+        raise UserError(f"{name}/adapter_config.json: damaged: it names no base model")
+    return base
 
 
 def add_saved(lm: PreTrainedModel, name: str) -> tuple[set[str], set[str]]:

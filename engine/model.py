@@ -5,14 +5,10 @@ not all there, or not finite, is refused by name.
 """
 
 import sys
-from contextlib import suppress
-from pathlib import Path
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,6 +22,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import is_flash_attn_2_available
 
 from engine import lora
+from engine.hub import require_model
 from engine.packed import Policy
 from engine.parallel import gathered, non_finite, shard_from_first, together
 from engine.probe import check_dropout, check_family, probe
@@ -65,32 +62,6 @@ def load_config(name: str) -> PreTrainedConfig:
         return config
     except Exception as error:  # of what lies in a damaged file, any
         raise not_loaded(name, error) from None
-
-
-def require_model(name: str) -> None:
-    """UserError where there is no such folder, and the hub, asked once, gives no such model. Where
-    it cannot be asked, what was downloaded before is used, and it is not asked again."""
-    if Path(name).is_dir():
-        return
-    try:
-        HfApi().model_info(name, timeout=10)
-    except Exception as error:  # whatever a network can do
-        why = str(error).strip().split("\n")[0]
-        if not is_downloaded(name):
-            raise UserError(
-                f"no folder has that name, and the hub gives no such model ({why}): give a model's "
-                "folder, or its name on the hub; without a network, one that was downloaded before"
-            ) from None
-        if not constants.HF_HUB_OFFLINE:
-            print(f"{name}: as it was downloaded before ({why})", file=sys.stderr)
-        constants.HF_HUB_OFFLINE = True
-
-
-def is_downloaded(name: str) -> bool:
-    with suppress(HFValidationError):  # a path
-        files = ("config.json", "adapter_config.json")
-        return any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
-    return False
 
 
 def not_loaded(name: str, error: Exception) -> UserError:
@@ -271,21 +242,6 @@ def end_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
     if ends is None:
         ends = tokenizer.eos_token_id
     return ends if isinstance(ends, list) else [ends]
-
-
-def file_beside(name: str, file: str) -> Path | None:
-    """A file that lies beside a model in its folder or on the hub, such as the prompt it was
-    trained with; None where there is none, or the hub does not answer."""
-    if Path(name).is_dir():
-        path = Path(name) / file
-        return path if path.is_file() else None
-    known = None
-    with suppress(Exception):  # whatever a network can do
-        known = try_to_load_from_cache(name, file)
-        if known is None:
-            there = HfApi().model_info(name, timeout=10).siblings or []
-            known = hf_hub_download(name, file) if file in {f.rfilename for f in there} else None
-    return Path(known) if isinstance(known, str) else None
 
 
 NEED_LESS = "lower --window_size, --max_new_tokens or the prompt file's max_chars"

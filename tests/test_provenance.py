@@ -9,6 +9,7 @@ import pytest
 
 from engine import provenance
 from engine.provenance import git_state, hash_files, hash_model
+from settings import UserError
 
 
 def sha256(content: bytes) -> str:
@@ -36,6 +37,14 @@ def test_a_model_is_known_by_the_files_that_decide(tmp_path):
     assert hash_model(str(tmp_path)) == {name: sha256(name.encode()) for name in expected}
     for absent in (str(tmp_path / "none"), "never/downloaded", "a b"):
         assert hash_model(absent) == {}
+
+
+@pytest.mark.parametrize("config", ["{", "[]", "{}", '{"peft_type": "X"}', '{"peft_type": "LORA"}'])
+def test_a_damaged_adapter_is_named(tmp_path, config):
+    pytest.importorskip("peft")
+    (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(UserError, match=r"adapter_config\.json: damaged"):
+        hash_model(str(tmp_path))
 
 
 def test_an_adapter_is_known_by_its_base_too(tmp_path):
