@@ -15,7 +15,7 @@ from engine.parallel import say
 from pages.curves import Line, figure
 from pages.facts import flat, plain, read_object
 from pages.render import render, script_json
-from settings import TrainSettings, UserError
+from settings import SftSettings, TrainSettings, UserError
 
 LARGEST = 1_200_000  # characters of responses in a page; the curves and the rest are some 300,000
 EVERY, SHARE = 30, 0.02  # a run's page is written every so many seconds, in this share of its time
@@ -156,11 +156,11 @@ def curves(runs: list[TrainingRun]) -> list[dict]:
 def settings_table(runs: list[TrainingRun]) -> list[dict]:
     """A row a setting: {"name", "values": one a run, "default", "changed": any from the default,
     "differs": between the runs}; those that differ first, then the changed ones."""
-    defaults = asdict(TrainSettings())
+    sft = all("responses" in run.settings for run in runs)
+    defaults = asdict(SftSettings() if sft else TrainSettings())
+    held = {name: "" for run in runs for name in run.settings if name != "output_dir"}
     rows = []
-    held = dict.fromkeys(name for run in runs for name in run.settings)
-    names = [*(name for name in defaults if name in held), *(held.keys() - defaults.keys())]
-    for name in (name for name in names if name != "output_dir"):
+    for name in (name for name in defaults | held if name in held):
         values = [run.settings.get(name, defaults.get(name, "")) for run in runs]
         rows.append(
             {
