@@ -32,10 +32,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from batches import MicroBatch, micro_batches
-from engine.model import choose_dtype, load_config, prepare
+from engine.model import choose_dtype, load_config, on_meta, prepare
 from engine.packed import Policy, logits_of
 from engine.parallel import gathered, shard
 from engine.sampler import Sample, Sampler, draw
@@ -167,7 +167,7 @@ def fake_policy(
 ) -> Policy:
     kept = torch.float32 if trained else computing
     with unset_fake_temporarily(), torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config, dtype=kept, attn_implementation="sdpa")
+        lm = on_meta(config, kept, "sdpa")
         prepare(lm, settings, trained)
     fakes: dict[Tensor, Tensor] = {}  # what is one tensor under two names stays so
     for module in lm.modules():

@@ -43,11 +43,15 @@ class Prompt:
     request: str  # user: the query again, and what to do now
 
 
+# What is filled into some turns, beside {query} and {n}.
+FILLED = {"passage": {"i", "text"}, "received": {"i"}}
+
+
 def load_prompt(path: str | Path) -> Prompt:
     """Read a prompt from a TOML file that sets every field of `Prompt` and no other key.
 
     Raises UserError, naming the file and the key, where one is missing, unknown or of another
-    type, or where the passages' text or the query would never be shown.
+    type, or where the passages' text, their labels or the query would never be shown.
     """
     try:
         settings = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -63,8 +67,15 @@ def load_prompt(path: str | Path) -> Prompt:
     prompt = Prompt(**settings)
     if prompt.max_chars < 1:
         raise UserError(f"{path}: max_chars must be at least 1")
-    if "{text}" not in prompt.passage:
-        raise UserError(f"{path}: passage lacks {{text}}, so no passage would be shown")
+    for turn in (field.name for field in fields(Prompt) if field.type is str):
+        known = {"query", "n"} | FILLED.get(turn, set())
+        if unknown := set(re.findall(r"\{(\w+)\}", getattr(prompt, turn))) - known:
+            raise UserError(
+                f"{path}: {turn} holds {{{min(unknown):.60}}}, which is never filled in"
+            )
+    for needed, why in (("{text}", "no passage would be shown"), ("{i}", "none could be named")):
+        if needed not in prompt.passage:
+            raise UserError(f"{path}: passage lacks {needed}, so {why}")
     if "{query}" not in prompt.opening + prompt.request:
         raise UserError(f"{path}: neither opening nor request holds {{query}}")
     return prompt

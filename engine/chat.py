@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
+from engine.limits import limited
 from engine.sampler import Sample
 from settings import UserError
 
@@ -68,15 +69,29 @@ def encode_chat(
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, generate: bool) -> str:
+    """What the chat template makes of the messages. UserError where it does not end, refuses them,
+    or leaves some of them out."""
     try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generate
-        )
+        with limited("its code"):
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generate
+            )
     except Exception as error:  # templates raise whatever they like, through jinja
         roles = " ".join(m["role"] for m in messages[:5])
         raise UserError(
             f"the model's chat template refuses these turns ({roles} ...): {error}"
         ) from error
+    end = 0
+    for message in messages:
+        content = message["content"].strip()
+        start = text.find(content, end)
+        if start == -1:
+            raise UserError(
+                f"the model's chat template does not show all of the {len(messages)} turns, each "
+                f"whole and in its place: not {message['role']}'s {content!r:.60}"
+            )
+        end = start + len(content)
+    return text
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -98,16 +113,7 @@ def expected_controls(
     trusted: tuple[str, ...],
     generate: bool,
 ) -> list[int]:
-    """The control tokens of these turns with nothing but trusted text in them, in order. UserError
-    where the chat template leaves a turn out."""
-    words = [f"turn{i}x" for i in range(len(roles))]
-    shown = render(tokenizer, [{"role": r, "content": w} for r, w in zip(roles, words)], generate)
-    places = [shown.find(word) for word in words]
-    if -1 in places or places != sorted(places):
-        raise UserError(
-            f"the model's chat template does not show all of the {len(roles)} turns, "
-            "each in its place"
-        )
+    """The control tokens of these turns with nothing but trusted text in them, in order."""
     messages = [{"role": r, "content": text or "x"} for r, text in zip(roles, trusted)]
     controls = control_tokens(tokenizer)
     return [t for t in encode(tokenizer, render(tokenizer, messages, generate)) if t in controls]

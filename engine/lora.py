@@ -4,11 +4,14 @@ An adapter is loaded by name or folder wherever a model is. It stays beside its 
 it was trained: added to weights in bfloat16, most of a small update is rounded away.
 """
 
+import re
+
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from engine.limits import limited
 from settings import UserError
 
 
@@ -38,7 +41,7 @@ def base_of(name: str) -> str | None:
 def add_saved(lm: PreTrainedModel, name: str) -> tuple[set[str], set[str]]:
     """Add a saved adapter to its base model, in the base's type: (the names of tensors that the
     file lacks, of those that no layer has). OSError without safetensors: no pickle is read."""
-    import_peft()
+    check_patterns(import_peft().PeftConfig.from_pretrained(name), lm)
     cached_file(name, "adapter_model.safetensors")
     own_names = getattr(lm, "_weight_conversions", None)
     found = lm.load_adapter(name)
@@ -47,6 +50,21 @@ def add_saved(lm: PreTrainedModel, name: str) -> tuple[set[str], set[str]]:
         if "lora_" in parameter_name:
             parameter.data = parameter.data.to(lm.dtype)
     return found.missing_keys, found.unexpected_keys
+
+
+def check_patterns(config, lm: PreTrainedModel) -> None:
+    """UserError where an adapter's regular expressions take too long on the names that it is about
+    to match them with, or are none; or where it would import a module that its file names."""
+    if getattr(config, "megatron_config", None):
+        raise UserError("its adapter_config.json has a megatron_config, which is not supported")
+    given = [getattr(config, name, None) for name in ("target_modules", "exclude_modules")]
+    patterns = [pattern for pattern in given if isinstance(pattern, str)]
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns += [rf"(.*\.)?({pattern})" for pattern in getattr(config, name, None) or {}]
+    with limited("matching the regular expressions in its adapter_config.json"):
+        for pattern in patterns:
+            for name, _ in lm.named_modules():
+                re.fullmatch(pattern, name)
 
 
 def add_fresh(lm: PreTrainedModel, rank: int, alpha: int, seed: int) -> None:

@@ -59,9 +59,30 @@ def load_config(name: str) -> PreTrainedConfig:
         require_model(base)
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         check_family(config)
+        check_size(base, config)
         return config
     except Exception as error:  # of what lies in a damaged file, any
         raise not_loaded(name, error) from None
+
+
+def check_size(name: str, config: PreTrainedConfig) -> None:
+    """UserError where the config of a folder asks for more than its files can hold, before memory
+    is taken for it. (A hub's model is downloaded when its weights are read, not before.)"""
+    held = sum(path.stat().st_size for path in Path(name).glob("*.safetensors"))
+    asked = sum(weight.numel() for weight in on_meta(config, torch.float32, "sdpa").parameters())
+    if asked > held > 0:
+        raise UserError(
+            f"its config.json asks for {asked:,} weights, which {held:,} bytes in its files cannot "
+            "hold; is one missing?"
+        )
+
+
+def on_meta(config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """A model of shapes alone."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        )
 
 
 def not_loaded(name: str, error: Exception) -> UserError:
@@ -145,11 +166,7 @@ def empty_lm(
     name: str, dtype: torch.dtype, attention: str, merged: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """As `load_lm`, but nothing is written into the weights, which so take up no memory yet."""
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(
-            load_config(name), dtype=dtype, attn_implementation=attention, trust_remote_code=False
-        )
-    lm = lm.to_empty(device="cpu")
+    lm = on_meta(load_config(name), dtype, attention).to_empty(device="cpu")
     lm.tie_weights()  # what is one tensor under two names came out as two
     return lm, load_tokenizer(name)
 

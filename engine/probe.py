@@ -31,11 +31,25 @@ def check_family(config: PreTrainedConfig) -> None:
     for name, most in LARGEST.items():
         if not 0 < getattr(config, name, 1) <= most:
             raise UserError(f"{name} in its config.json is {getattr(config, name)}")
+    if config.to_dict().get("quantization_config"):
+        raise UserError("its weights are quantized, which is not supported: load it unquantized")
+    if name := hub_kernel(config):
+        raise UserError(f"its config.json asks for code from the hub, {name!r:.60}: not run")
     if ropes := rope_types(getattr(config, "rope_parameters", None)) & set(WHOLE_ROW_ROPES):
         raise UserError(
             f"rope of type {ropes.pop()} depends on the longest sequence of a row, and rows hold "
             "many here: not supported"
         )
+
+
+def hub_kernel(config: PreTrainedConfig) -> str | None:
+    """The repository that a config (or one inside it) names as its attention or its experts."""
+    for part in (config, *vars(config).values()):
+        if isinstance(part, PreTrainedConfig):
+            for name in ("_attn_implementation", "_experts_implementation"):
+                if "/" in (getattr(part, name, None) or ""):
+                    return getattr(part, name)
+    return None
 
 
 def check_dropout(config: PreTrainedConfig) -> None:
