@@ -5,6 +5,7 @@ not all there, or not finite, is refused by name.
 """
 
 import sys
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
