@@ -179,7 +179,7 @@ class ServerModel:
     def collect(self) -> Iterable[tuple[Shown, Response | TooLong]]:
         for shown, response in self.conversations.collect():
             if self.on_text and isinstance(response, Response):
-                self.on_text(response.text, shown.query.qid, shown.window)
+                self.on_text(response.text, shown)
             yield shown, response
 
 

@@ -197,7 +197,7 @@ def read_completion(completion: Any) -> Response:
         thought = getattr(message, "reasoning_content", "") or getattr(message, "reasoning", "")
         text = message.content or message.refusal or ""
         if thought:
-            text = f"<think>{thought}" + ("" if cut_off and not text else f"</think>{text}")
+            text = f"<think>{thought}" + ("" if cut_off and not text else f"</think>\n{text}")
         prompt_tokens = int(usage.prompt_tokens) if usage else 0
         tokens = int(usage.completion_tokens) if usage else 0
         return Response("" + text, prompt_tokens, tokens, cut_off)
