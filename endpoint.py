@@ -86,7 +86,7 @@ class Endpoint:
         """What an error means to who started the program; a bug stays what it is."""
         settings = self.settings
         body = getattr(error, "body", None)
-        words = str(body["message"] if isinstance(body, dict) and "message" in body else error)
+        words = str(body.get("message", body) if isinstance(body, dict) else body or error)
         if isinstance(error, openai.APIConnectionError):
             words = str(error.__cause__)
         if self.key != NO_KEY:

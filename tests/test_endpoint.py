@@ -161,6 +161,17 @@ def test_what_the_server_refuses_is_said_at_once(status, words, expected, monkey
     assert len(server.asked) <= 3
 
 
+@pytest.mark.parametrize(
+    "content, words",
+    [({"detail": "pinned to m"}, "pinned to m"), (b"<p>Bad Gateway</p>", "Bad Gateway"), ({}, "")],
+)
+def test_a_refusal_in_other_words(content, words):
+    with serving() as server:
+        server.reply = lambda *_: (418, content)
+        with pytest.raises(UserError, match=f"HTTP 418: .*{words}"):
+            connect(server)
+
+
 def test_an_address_that_is_none_or_where_nobody_listens(monkeypatch):
     monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
     with serving() as server:
