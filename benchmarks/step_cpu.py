@@ -3,6 +3,7 @@ model and against prefix_grouper, the peer with the same idea.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/step_cpu.py                  # P=1536 G=8 C=160, as a table
+    python benchmarks/step_cpu.py --group 8 32     # and G=32
     python benchmarks/step_cpu.py --curve          # G = 2 to 32 at P=768 C=96: curve.png too
 
 All sides: the same Qwen2 from disk (6 layers, 512 wide, 8 heads over 2 key heads, float32, about
@@ -14,6 +15,9 @@ left out; times are medians of the others.
 
     step    sample, reward, reference log-probabilities, forward and backward, optimizer
     update  the step without sampling
+
+The floors are what the machine can do at its measured rates: an update's matrix products, and for
+sampling the reading of the prompt and C steps that each read all weights once.
 """
 
 import argparse
@@ -92,7 +96,7 @@ def ours(folder: Path, group: int, length: int, repeats: int) -> dict:
         frozen, _ = load(folder)
         policy = shard(Policy(lm).eval(), device)
         reference = shard(Policy(frozen.requires_grad_(False).eval()), device)
-        optimizer = torch.optim.AdamW(policy.parameters(), RATE)
+        optimizer = torch.optim.AdamW(policy.parameters(), RATE, fused=True)  # as grpo.py has it
         settings = TrainSettings(beta=BETA, max_tokens_per_micro_batch=10**9)
         prompt, base, steps, updates = prompt_ids(folder, tokenizer), resident_mb(), [], []
         for step in range(repeats + 1):
@@ -170,8 +174,7 @@ def update_loop(lm, logprobs_of, frozen, group: int, repeats: int) -> tuple[list
     """Times of updates in which `logprobs_of(model)` gives [G, C]."""
     import grpo
 
-    optimizer = torch.optim.AdamW(lm.parameters(), RATE)
-    mask = None
+    optimizer = torch.optim.AdamW(lm.parameters(), RATE, fused=True)
     advantages = torch.randn(group, generator=torch.Generator().manual_seed(0))
     base, updates = resident_mb(), []
     for _ in range(repeats + 1):
@@ -259,7 +262,7 @@ def figures(steps: list[float], updates: list[float], base: float) -> dict:
 SIDES = {f.__name__: f for f in (ours, trl, naive, prefix_grouper)}
 
 
-# ------------------------------------------------------------------------------------- the floor
+# ------------------------------------------------------------------------------------ the floors
 
 
 def matrix_rate() -> float:
@@ -273,17 +276,42 @@ def matrix_rate() -> float:
     return 2 * 2048**3 / median(times)
 
 
-def update_operations(folder: Path, prompt: int, group: int, length: int) -> float:
-    """Matrix operations that an update cannot do without: forward of policy and reference and
-    backward (twice a forward) over the distinct tokens, the head at the responses only."""
-    config = json.loads((folder / "config.json").read_text())
+def read_rate() -> float:
+    """Bytes a second in which this machine reads weights that fit no cache, in a product with 8
+    vectors as a step of sampling makes it."""
+    x, weights = torch.randn(8, 4096), torch.randn(8192, 4096)
+    times = []
+    for _ in range(7):
+        started = time.perf_counter()
+        F.linear(x, weights)
+        times.append(time.perf_counter() - started)
+    return weights.nbytes / median(times)
+
+
+def layer_weights(config: dict) -> int:
+    """Of all layers: how many weights a token goes through."""
     h, m, layers = (config[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     kv = h * config["num_key_value_heads"] // config["num_attention_heads"]
-    tokens = prompt + group * length
-    linear = 2 * tokens * (2 * h * h + 2 * h * kv + 3 * h * m)
+    return layers * (2 * h * h + 2 * h * kv + 3 * h * m)
+
+
+def floors(folder: Path, prompt: int, group: int, length: int) -> dict[str, float]:
+    """Seconds that sampling and an update cannot do without. An update: forward of policy and
+    reference and backward (twice a forward) over the distinct tokens, the head at the responses
+    only."""
+    config = json.loads((folder / "config.json").read_text())
+    h, layers, head = config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
+    head *= h
+    weights, rate = layer_weights(config), matrix_rate()
+
+    def forward(tokens: int, pairs: float, answers: int) -> float:
+        return 2 * tokens * weights + 4 * h * layers * pairs + 2 * answers * head
+
     pairs = prompt**2 / 2 + group * (length * prompt + length**2 / 2)
-    head = 2 * group * length * h * config["vocab_size"]
-    return 4 * (layers * (linear + 4 * h * pairs) + head)
+    update = 4 * forward(prompt + group * length, pairs, group * length) / rate
+    prefill = forward(prompt, prompt**2 / 2, 1) / rate
+    sample = prefill + length * 4 * (weights + head) / read_rate()
+    return {"step": sample + update, "sample": sample, "update": update}
 
 
 # ---------------------------------------------------------------------------------------- running
@@ -316,8 +344,8 @@ def compare(prompt: int, group: int, length: int, repeats: int) -> None:
         make_model(folder, prompt)
         print(f"P={prompt} G={group} C={length}")
         got = {side: run_side(side, folder, group, length, repeats) for side in SIDES}
-        floor = update_operations(folder, prompt, group, length) / matrix_rate()
-    mine = got["ours"]
+        least = floors(folder, prompt, group, length)
+    mine = got["ours"] | {"sample": got["ours"]["step"] - got["ours"]["update"]}
     print("| side | step s | x | update s | x | memory MB | x |")
     print("|---|---|---|---|---|---|---|")
     for side, f in got.items():
@@ -326,8 +354,9 @@ def compare(prompt: int, group: int, length: int, repeats: int) -> None:
         if side not in ("ours", "trl"):
             cells[0] = " | "
         print(f"| {side} | " + " | ".join(cells) + " |")
-    print(f"floor of the update: {floor:.2f} s at the measured matrix rate; "
-          f"ours reaches {floor / mine['update']:.0%}")  # fmt: skip
+    for what, seconds in least.items():
+        times = mine[what] / seconds
+        print(f"floor of the {what}: {seconds:.2f} s; ours takes {times:.2f} times as long")
 
 
 def curve(prompt: int, length: int, repeats: int) -> None:
@@ -370,7 +399,7 @@ def main() -> None:
     parser.add_argument("--side", nargs=5, metavar=("SIDE", "MODEL", "G", "C", "REPEATS"))
     parser.add_argument("--curve", action="store_true", help="step time and memory over G")
     parser.add_argument("--prompt", type=int, help="tokens of the prompt (P)")
-    parser.add_argument("--group", type=int, default=8, help="responses (G)")
+    parser.add_argument("--group", type=int, nargs="+", default=[8], help="responses (G)")
     parser.add_argument("--length", type=int, help="tokens of each response (C)")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
@@ -382,7 +411,8 @@ def main() -> None:
     if args.curve:
         curve(args.prompt or 768, args.length or 96, args.repeats)
     else:
-        compare(args.prompt or 1536, args.group, args.length or 160, args.repeats)
+        for group in args.group:
+            compare(args.prompt or 1536, group, args.length or 160, args.repeats)
 
 
 if __name__ == "__main__":
