@@ -208,7 +208,7 @@ def run_phases(
         with ledger:
             with phase("loading"):
                 for model in filter(None, (policy, reference)):
-                    with gathered(model):  # as its probe does, and so that these are known as such
+                    with ledger.making("gathered weights"), gathered(model):  # as its probe does
                         pass
             if settings.eval_candidates:
                 with phase("held-out"):
