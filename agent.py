@@ -60,6 +60,10 @@ class Shown:
     def docids(self) -> list[str]:
         return [passage.docid for passage in self.passages]
 
+    def name(self) -> str:
+        """Of its query, for a message; one from the command line has no qid."""
+        return f"query {self.query.qid}" if self.query.qid else "the query"
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -149,7 +153,7 @@ class LocalModel:
         for shown, (sample,) in self.sampler.collect():
             if not sample.finite:
                 raise UserError(
-                    f"query {shown.query.qid}: the model's logits are not finite in "
+                    f"{shown.name()}: the model's logits are not finite in "
                     f"{self.settings.dtype}: try --dtype bfloat16 or float32"
                 )
             text = decode_response(self.agent.tokenizer, sample)
@@ -207,7 +211,7 @@ def rank_batch(
     def submit(shown: Shown) -> None:
         if answer := known.get((shown.query.qid, shown.window)):
             if answer.given != shown.docids():
-                window = f"window {shown.window} of query {shown.query.qid}"
+                window = f"window {shown.window} of {shown.name()}"
                 raise UserError(f"the known answer to {window} is for other passages")
             ready.append((shown, answer))
             return
@@ -218,7 +222,7 @@ def rank_batch(
 
     def keep_order(shown: Shown, error: TooLong) -> None:
         if not keep_too_long:
-            raise TooLong(f"query {shown.query.qid}: {error}") from None
+            raise TooLong(f"{shown.name()}: {error}") from None
         on_answer(answer := not_asked(shown))
         ready.append((shown, answer))
 
