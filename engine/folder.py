@@ -104,8 +104,12 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not file.exists():
         return {"inputs": {}, "starts": []}
     record = read_json(file)
-    if [type(record.get(key)) for key in ("inputs", "starts")] != [dict, list]:
+    inputs = record.get("inputs")
+    whole = isinstance(inputs, dict) and isinstance(inputs.get("model", {}), dict)
+    if not (whole and isinstance(record.get("starts"), list)):
         raise UserError(f"{file}: damaged, expected inputs and starts")
+    if not isinstance(record.get("finished", 0), int):
+        raise UserError(f"{file}: damaged, what is finished is no number of steps")
     return record
 
 
@@ -141,13 +145,13 @@ def begin(folder: Path, settings: RunSettings, inputs: dict[str, Any], step: int
     """Write down that the run starts at `step`, from these inputs; the logs end there. UserError
     where it has come further than --steps, or its inputs have changed."""
     record = read_record(folder)
-    done = record.get("finished", step)
-    if max(step, done) > settings.steps:
+    done = max(step, record.get("finished", 0))
+    if done > settings.steps:
         raise UserError(
-            f"{folder} has done {max(step, done)} steps, more than --steps {settings.steps}: give "
+            f"{folder} has done {done} steps, more than --steps {settings.steps}: give "
             "as many or more, or another --output_dir"
         )
-    if done > step:
+    if done and not step:
         raise UserError(
             f"{folder} has done {done} steps, and no checkpoint to go on from is left: train its "
             f"model further with --model {folder} and another --output_dir"

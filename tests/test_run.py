@@ -147,6 +147,8 @@ def test_a_model_that_is_downloaded_later_is_no_change(run, monkeypatch):
         ("settings.json", "{", r"settings\.json: damaged"),
         ("settings.json", "[]", r"settings\.json: damaged"),
         ("provenance.json", '{"inputs": 3}', r"provenance\.json: damaged"),
+        ("provenance.json", '{"inputs": {"model": []}, "starts": []}', "damaged, expected inputs"),
+        ("provenance.json", '{"inputs": {}, "starts": [], "finished": "x"}', "what is finished is"),
         ("before/held_out.json", "nonsense", r"held_out\.json: damaged"),
         ("before/held_out.json", '{"ndcg@10": 1}', "held_out.json: damaged, it has no first_stage"),
         ("metrics.jsonl", '{"step": 0}\n{"st\x00ep"\n{"step": 1}\n', r"metrics\.jsonl:2: damaged"),
