@@ -127,8 +127,9 @@ class LocalModel:
 
     def __init__(self, agent: Agent, settings: AgentSettings, on_text: OnText | None = None):
         self.agent, self.settings, self.on_text = agent, settings, on_text
-        self.streams: dict[Shown, Callable[[int], str]] = {}
-        self.prompt_tokens: dict[Shown, int] = {}
+        # By ticket: a policy that is split over processes hands back a copy of what was submitted.
+        self.streams: dict[tuple[int, int], Callable[[int], str]] = {}
+        self.prompt_tokens: dict[tuple[int, int], int] = {}
         self.sampler = Sampler(
             agent.policy,
             end_tokens(agent.policy.lm, agent.tokenizer),
@@ -146,7 +147,7 @@ class LocalModel:
         check_length(agent.policy.lm, len(ids), settings.max_new_tokens)
         # No two windows draw the same numbers, and each the same whichever others are asked.
         seed = (settings.seed, zlib.crc32(shown.query.qid.encode()), shown.window)
-        self.prompt_tokens[shown] = len(ids)
+        self.prompt_tokens[shown.ticket] = len(ids)
         self.sampler.submit(Request(shown, ids, prefix=prefix, seed=seed))
 
     def collect(self) -> Iterable[tuple[Shown, Response]]:
@@ -157,13 +158,14 @@ class LocalModel:
                     f"{self.settings.dtype}: try --dtype bfloat16 or float32"
                 )
             text = decode_response(self.agent.tokenizer, sample)
-            read = self.prompt_tokens.pop(shown)
+            read = self.prompt_tokens.pop(shown.ticket)
             yield shown, Response(text, read, len(sample.tokens), cut_off=not sample.finished)
 
     def stream(self, shown: Shown, sample: Sample) -> None:
-        if shown not in self.streams:
-            self.streams[shown] = text_stream(self.agent.tokenizer)
-        text_of = self.streams.pop(shown) if sample.done else self.streams[shown]
+        ticket = shown.ticket
+        if ticket not in self.streams:
+            self.streams[ticket] = text_stream(self.agent.tokenizer)
+        text_of = self.streams.pop(ticket) if sample.done else self.streams[ticket]
         if not sample.finished and (text := text_of(sample.tokens[-1])):
             self.on_text(text, shown)
 
