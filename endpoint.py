@@ -24,9 +24,9 @@ from window import NoAnswer, Response
 
 RETRIES = 10  # after 0.5, 1, 2, 4, then 8 s each, 50 s in all; or when the server says, up to 2 min
 LAST_WAIT = 60  # seconds for the responses that are under way when one has failed for good
-PATIENCE = 600  # seconds for one reply
+PATIENCE = 600  # seconds for one response
 NO_KEY = "-"  # what a server of one's own is sent
-TURN_TOKENS = 16  # more than any chat template adds to a turn
+TURN_TOKENS = 16  # for what a chat template adds to a turn
 TOO_LONG = re.compile(r"context|too long|longer than|exceeds? the maximum", re.IGNORECASE)
 
 
@@ -181,7 +181,7 @@ def check_address(url: str) -> None:
 
 
 def most_tokens(messages: Messages) -> int:
-    """More than any tokenizer makes of them: a token holds a byte at least."""
+    """More than a tokenizer makes of them: a token holds a byte at least."""
     try:
         return sum(len(m["content"].encode()) + TURN_TOKENS for m in messages)
     except UnicodeEncodeError:

@@ -1,5 +1,6 @@
 """A model behind a server: a small one that plays the protocol, its faults too, stands for it."""
 
+import threading
 import time
 from dataclasses import replace
 
@@ -233,6 +234,21 @@ def test_the_replies_under_way_are_kept_when_one_fails():
             while True:
                 replies |= dict(asked.collect())
     assert set(replies) == {0, 2} and len(server.asked) == 4
+
+
+def test_a_failed_asking_does_not_wait_for_a_response_that_hangs(monkeypatch):
+    monkeypatch.setattr(endpoint, "LAST_WAIT", 0.1)
+    over = threading.Event()
+
+    def hangs(body, n):
+        if body["messages"][0]["content"] == "a":
+            over.wait()
+        return failure(400, "no such thing")
+
+    with serving(hangs) as server:
+        with pytest.raises(UserError, match="no such thing"):
+            ask_all(connect(server), ["a", "b"])
+        over.set()
 
 
 @pytest.mark.parametrize("usage", [{"prompt_tokens": 30, "completion_tokens": 12}, None])

@@ -370,7 +370,8 @@ def test_a_foreign_folder_and_a_folder_in_use_are_left_alone(monkeypatch, tmp_pa
     (tmp_path / "out" / "unfinished.json.123.tmp").write_text("what a killed one left")
     run(monkeypatch, *flags, "--output_dir", tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "metrics.json", "per_query.jsonl", "run.txt", "windows.jsonl",
+        "metrics.json", "per_query.jsonl", "queries.jsonl", "report.html", "run.txt",
+        "windows.jsonl",
     ]  # fmt: skip
 
 

@@ -70,6 +70,21 @@ def test_windows_are_asked_as_they_are_asked_of_a_model_in_memory():
     assert [(text, shown.window) for text, shown in heard] == [(REVERSED, 0)]
 
 
+def test_each_window_has_a_seed_of_its_own_whichever_others_are_asked():
+    queries, _ = collection(queries=3)
+
+    def seeds(queries, **changes) -> dict:
+        with serving(reverse) as server:
+            settings = replace(SETTINGS, endpoint=server.url, temperature=1.0, **changes)
+            rank_batch(load_agent(settings), settings, queries)
+        return {json.dumps(body["messages"]): body["seed"] for body in server.asked[1:]}
+
+    every, one, other = seeds(queries), seeds(queries[1:2]), seeds(queries, seed=1)
+    assert len(set(every.values())) == len(every) == 12
+    assert one.items() <= every.items() and not set(other.values()) & set(every.values())
+    assert all(0 <= seed < 2**31 for seed in every.values())
+
+
 def test_a_window_too_long_for_the_server_keeps_its_order():
     def strict(body, n):
         long = "long" in body["messages"][3]["content"]
