@@ -9,6 +9,7 @@ One query or thousands: all their windows share one batch. rearank.py is what us
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from engine.packed import Policy
 from engine.sampler import Request, Sample, Sampler
 from settings import AgentSettings, UserError
 from sources.formats import Candidates, Passage
-from tasks import TASKS, Task, say_another_task, settle
+from tasks import TASKS, Task, own_task, say_another_task, settle
 from window import (
     OPENING_TURNS,
     Parsed,
@@ -91,6 +92,9 @@ def load_agent(settings: AgentSettings, device: torch.device | None = None) -> A
     the settings', else the model's own (see `settle`). With --endpoint nothing is loaded."""
     if settings.prompt:
         load_prompt(settings.prompt)  # before the weights: it may be misspelt
+    if settings.task or Path(settings.model).is_dir():  # and windows may not slide so
+        task = settings.task or own_task(settings) or next(iter(TASKS))
+        next(TASKS[task].ranker(2, settings), None)
     policy = tokenizer = endpoint = None
     if settings.endpoint:
         from endpoint import Endpoint  # takes a second, for a package that few need

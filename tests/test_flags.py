@@ -13,6 +13,7 @@ import grpo
 import rearank
 import settings
 import sft
+from agent import load_agent
 from presets import PRESETS
 from settings import TrainSettings, UserError
 
@@ -81,6 +82,16 @@ def test_zero_is_inside_where_it_means_something_of_its_own(monkeypatch):
     assert flags.parse_settings("", settings.AgentSettings)[0].temperature == 0
     with pytest.raises(UserError, match=r"--temperature 0: expected a number from 0.01 to 100"):
         train(monkeypatch, "--temperature", "0")
+
+
+@pytest.mark.parametrize("task", ["", "listwise"])
+def test_windows_that_would_skip_passages_are_refused_before_a_model_is_loaded(tmp_path, task):
+    with pytest.raises(UserError, match=r"step_size must be 1 to window_size \(20\), not 30"):
+        load_agent(settings.AgentSettings(model=str(tmp_path), task=task, step_size=30))
+    (tmp_path / "settings.json").write_text('{"task": "setwise"}')  # which does not slide
+    if not task:
+        with pytest.raises(UserError, match=f"--model {tmp_path}: cannot be loaded"):
+            load_agent(settings.AgentSettings(model=str(tmp_path), step_size=30))
 
 
 @pytest.mark.parametrize("weights", [["1"], ["1"] * 4, ["1", "nan", "1"], ["-1e-3", "1", "1"]])
