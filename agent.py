@@ -178,8 +178,10 @@ class ServerModel:
     """The same for a model that a server has; its texts are streamed as wholes."""
 
     def __init__(self, agent: Agent, settings: AgentSettings, on_text: OnText | None = None):
+        from endpoint import Conversations
+
         self.prompt, self.seed, self.on_text = agent.prompt, settings.seed, on_text
-        self.conversations = agent.endpoint.conversations()
+        self.conversations = Conversations(agent.endpoint)
 
     def submit(self, shown: Shown) -> None:
         query, texts = shown.query, [passage.text for passage in shown.passages]

@@ -79,9 +79,6 @@ class Endpoint:
         except Exception as error:  # for the thread that collects, a bug too
             return self.meaning(error)
 
-    def conversations(self) -> "Conversations":
-        return Conversations(self)
-
     def meaning(self, error: Exception) -> Exception:
         """What an error means to who started the program; a bug stays what it is."""
         settings = self.settings
@@ -95,19 +92,15 @@ class Endpoint:
         status = getattr(error, "status_code", None)
         if status in (400, 413, 422) and TOO_LONG.search(words):
             return TooLong(f"{words}: lower --window_size or --max_new_tokens")
-        refused = "the key in OPENAI_API_KEY is refused, or missing"
         meanings = {
-            401: refused,
-            403: refused,
+            **dict.fromkeys((401, 403), "the key in OPENAI_API_KEY is refused, or missing"),
             404: f"no --model {settings.model} there, or the URL lacks its end, /v1 for most",
             429: "too many requests (lower --max_in_flight) or no credit",
         }
         if status:
             meaning = meanings.get(status, f"HTTP {status}")
-        elif isinstance(error, openai.APITimeoutError):
-            meaning = "no answer in time"
         elif isinstance(error, openai.APIConnectionError):
-            meaning = "no connection"
+            meaning = "no answer"
         elif isinstance(error, ValueError | openai.OpenAIError):
             meaning = "what came back cannot be read"
         else:

@@ -136,7 +136,11 @@ def test_a_lost_connection_and_a_slow_reply_are_tried_again(monkeypatch):
 
     with serving(slow) as server:
         assert ask_all(connect(server), ["a"])[0].text == RANKING
-    assert len(server.asked) == 1 + 3
+        assert len(server.asked) == 1 + 3
+        server.respond = lambda *_: time.sleep(0.4)
+        monkeypatch.setattr(endpoint, "RETRIES", 0)
+        with pytest.raises(UserError, match="no answer: timed out"):
+            ask_all(connect(server), ["a"])
 
 
 @pytest.mark.parametrize(
@@ -177,7 +181,7 @@ def test_an_address_that_is_none_or_where_nobody_listens(monkeypatch):
     monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
     with serving() as server:
         pass
-    with pytest.raises(UserError, match=f"--endpoint {server.url}: no connection: .*refused"):
+    with pytest.raises(UserError, match=f"--endpoint {server.url}: no answer: .*refused"):
         connect(server)
     with serving() as server, pytest.raises(UserError, match="the URL lacks its end, /v1 for most"):
         connect(server.url.removesuffix("/v1"))
