@@ -4,6 +4,7 @@
     python evaluate.py paper --model OUT                      # a group: all windows in one batch
     python evaluate.py --candidates FILE --qrels FILE --reranker oracle
     torchrun --nproc_per_node=8 evaluate.py dl19              # each GPU reranks its share
+    python evaluate.py dl19 --endpoint URL --model NAME       # a server's model
 
 Each dataset gets a folder: the TREC run (run.txt), the figures and all that they were made from
 (metrics.json, per_query.jsonl), and every window's given order, reasoning and answer
