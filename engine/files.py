@@ -50,12 +50,12 @@ def one_line(record: dict) -> str:
 def refuse_foreign(folder: str | Path, marks: Collection[str]) -> None:
     """UserError where `folder` holds something, and none of `marks`: the names of files by which
     a program knows a folder that it wrote itself. Hidden files may be there, logs, which a shell
-    opens before the program begins, and what killed writers left (.tmp)."""
+    or a scheduler opens before the program begins, and what killed writers left (.tmp)."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file")
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    allowed = (".log", ".tmp", "log.txt")
+    allowed = (".log", ".out", ".err", ".tmp", "log.txt")
     names = [name for name in names if not name.startswith(".") and not name.endswith(allowed)]
     if names and not set(marks) & set(names):
         raise UserError(f"--output_dir {folder} holds something else ({names[0]}): give another")
