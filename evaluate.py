@@ -195,7 +195,10 @@ def measure_sets(
     agent = together(lambda: load() if settings.reranker == "model" else None)
     served = agent.endpoint.served if agent and agent.endpoint else None
     rerank = choose_reranker(settings.reranker, evaluations, agent_settings, agent)
-    return measure_all(from_first(lambda: begin_all(served)), rerank)
+    task = agent.task if agent else TASKS[agent_settings.task]
+    ranker = partial(task.ranker, settings=agent_settings)
+    asks = settings.reranker != "none"
+    return measure_all(from_first(lambda: begin_all(served)), rerank, ranker if asks else None)
 
 
 def evaluate(

@@ -48,9 +48,10 @@ from engine.parallel import (
 from engine.run import Run, in_folder, model_card
 from engine.streams import make_unbreakable
 from flags import parse_settings, program
-from measure import (
+from held_out import (
     load_held_out,
     measure_held_out,
+    measure_if_due,
     refuse_held_out,
     say_what_was_gained,
 )
@@ -288,6 +289,7 @@ def train_in(
     keep_page, watch = keeper(folder), watcher(settings)
     with run:
         for step in run.steps():
+            measure_if_due(measured, folder, step, settings.eval_every)
             # Sample G responses to each of B prompts, score them, and compare each group's.
             with explained("sampling"), run.timed("sample_seconds"), gathered(policy):
                 rollouts, thrown_away = sample_batch(agent, windows, step, settings, stop)

@@ -9,16 +9,14 @@
         report.html        all of it, to read (pages/reader.py)
 
 Several datasets are measured together: their windows share one batch, and each gets its own files.
-Training measures its held-out queries the same way.
+Training measures its held-out queries the same way (held_out.py).
 """
 
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -26,16 +24,15 @@ import torch.distributed as dist
 from ir_measures import AP, RR, R, iter_calc, nDCG
 from tqdm import tqdm
 
-from agent import Agent, Answer, Known, rank_batch
+from agent import Answer, Known
 from answers import METRICS, PARTS, UNFINISHED, json_line
-from data import TrainingWindow, refuse_overlap
-from engine.files import read_json, write_whole
-from engine.parallel import StopSignal, all_gather, balanced, explained, gathered, say, together
+from engine.files import write_whole
+from engine.parallel import all_gather, balanced
 from pages.reader import keep_reader
-from rollout import drop_too_long, sample_shared, windows_at_once
-from settings import AgentSettings, RunSettings, TrainSettings, UserError
-from sources.formats import Candidates, read_candidates
-from sources.trec import Qrels, read_qrels, write_run
+from settings import UserError
+from sources.formats import Candidates
+from sources.trec import Qrels, write_run
+from window import Ranker, expected_windows
 
 # (candidates, on_answer, known) -> the candidates, reranked
 Reranker = Callable[[list[Candidates], Callable[[Answer], None], Known], list[Candidates]]
@@ -115,15 +112,21 @@ def judged_queries(
 # ---------------------------------------------------------------------------------- the measuring
 
 
-def measure_all(evaluations: list[Evaluation], rerank: Reranker) -> list[dict]:
+def measure_all(
+    evaluations: list[Evaluation],
+    rerank: Reranker,
+    ranker: Callable[[int], Ranker] | None = None,
+) -> list[dict]:
     """Rerank all candidates in one go, write each dataset's files, return its metrics; on all
     processes, which meet when each has reranked its share of the queries, not before.
 
     The metrics count the known answers, but their "seconds" are this call's alone, and of all
     datasets together.
+
+    ranker: what `rerank` asks windows by, for the bar; None: it asks none, or nobody knows.
     """
     started = time.perf_counter()
-    shares = rerank_share(evaluations, rerank)
+    shares = rerank_share(evaluations, rerank, ranker)
     seconds = round(time.perf_counter() - started, 1)
     return [measure(e, *share, seconds) for e, share in zip(evaluations, shares)]
 
@@ -171,7 +174,9 @@ def measure(
 
 
 def rerank_share(
-    evaluations: list[Evaluation], rerank: Reranker
+    evaluations: list[Evaluation],
+    rerank: Reranker,
+    ranker: Callable[[int], Ranker] | None,
 ) -> list[tuple[list[Candidates], list[Answer]]]:
     """Rerank this process's share of the queries, each answer written down as it comes; then, of
     each dataset, all queries reranked and all answers, in order, from all processes."""
@@ -189,11 +194,8 @@ def rerank_share(
     }
     malformed = sum(answer.malformed for answer in answers.values())
     tokens = 0  # that this start takes
-    desc = "windows" if world == 1 else "process 0's windows"
-    with (
-        ExitStack() as files,
-        tqdm(desc=desc, initial=len(answers), unit="w", ncols=80, disable=rank > 0) as bar,
-    ):
+    with ExitStack() as files, window_bar([query for _, query in mine], ranker) as bar:
+        bar.update(len(answers))
         logs = {str(e.output_dir): files.enter_context(open_part(e, rank)) for e in evaluations}
 
         def on_answer(answer: Answer) -> None:
@@ -209,10 +211,26 @@ def rerank_share(
 
         queries = [replace(query, qid=e.key(query.qid)) for e, query in mine]
         reranked = rerank(queries, on_answer, dict(answers))
+        bar.total = bar.n  # it may have been an estimate
     shares = all_gather((reranked, answers))
     by_key = {query.qid: query for share, _ in shares for query in share}
     by_window = {key: answer for _, share in shares for key, answer in share.items()}
     return [in_order(e, by_key, by_window) for e in evaluations]
+
+
+def window_bar(queries: list[Candidates], ranker: Callable[[int], Ranker] | None) -> tqdm:
+    """A bar of the windows that these queries take, with their number where it is known at all."""
+    world, total, certain = dist.get_world_size(), None, True
+    if ranker:
+        total, certain = expected_windows(ranker, [len(query.passages) for query in queries])
+    return tqdm(
+        desc=("windows" if world == 1 else "process 0's windows") + ("" if certain else ", about"),
+        total=total,
+        unit="w",
+        ncols=80,
+        leave=None,  # not under the bar of a training
+        disable=dist.get_rank() > 0,
+    )
 
 
 def open_part(evaluation: Evaluation, rank: int):
@@ -232,93 +250,3 @@ def in_order(
     windows = sorted((place[key], window, key) for key, window in by_window if key in place)
     reranked = [replace(by_key[evaluation.key(qid)], qid=qid) for qid in qids]
     return reranked, [by_window[key, window] for _, window, key in windows]
-
-
-# ----------------------------------------------------------------------------- held-out queries
-
-
-def load_held_out(settings: RunSettings) -> tuple[list[Candidates], Qrels] | None:
-    """The held-out queries of a training, None where it has none."""
-    if bool(settings.eval_candidates) != bool(settings.eval_qrels):
-        raise UserError("held-out figures need both --eval_candidates and --eval_qrels")
-    if not settings.eval_candidates:
-        return None
-    candidates, qrels = read_candidates(settings.eval_candidates), read_qrels(settings.eval_qrels)
-    return judged_queries(candidates, qrels, top_k=100), qrels
-
-
-def refuse_held_out(
-    windows: list[TrainingWindow],
-    held_out: tuple[list[Candidates], Qrels] | None,
-    settings: RunSettings,
-) -> None:
-    """UserError where what is measured is trained on, unless --allow_overlap."""
-    queries = [query.query for query in held_out[0]] if held_out else []
-    trained_on = (window.query for window in windows)
-    refuse_overlap(trained_on, {settings.eval_candidates: queries}, settings.allow_overlap)
-
-
-def measure_held_out(
-    agent: Agent,
-    queries: tuple[list[Candidates], Qrels] | None,
-    settings: TrainSettings,
-    output_dir: Path,
-    stop: StopSignal,
-    again: bool = True,
-) -> dict[str, float] | None:
-    """Greedy figures on the held-out queries: nDCG@10 of their candidates, reranked as
-    evaluate.py does it, and the mean reward of windows drawn like those of training. Not `again`:
-    those that were written before."""
-    if not queries:
-        return None
-    if not again:
-        return together(lambda: read_held_out(output_dir))
-    candidates, qrels = queries
-    greedy = replace(settings, temperature=0.0, group_size=1, draws=3)
-    windows = agent.task.training_set(candidates, qrels, greedy)
-    windows, longest = drop_too_long(agent, windows, settings)
-    # Here each window has a prompt of its own, in training a group shares one.
-    at_once = windows_at_once(settings, longest)
-    greedy = replace(greedy, max_in_flight=at_once)
-    agent_settings = AgentSettings(
-        window_size=settings.window_size,
-        step_size=max(1, settings.window_size // 2),
-        max_new_tokens=settings.max_new_tokens,
-        max_in_flight=at_once,
-    )
-    with explained("sampling"), gathered(agent.policy):
-        rerank = partial(rank_batch, agent, agent_settings, keep_too_long=True)
-        (metrics,) = measure_all([Evaluation(candidates, qrels, output_dir)], rerank)
-        rollouts = sample_shared(agent, list(enumerate(windows)), (0,), greedy, stop)
-    figures = {
-        "first_stage": metrics["before"]["ndcg@10"],
-        "ndcg@10": metrics["after"]["ndcg@10"],
-        "window_reward": fmean(float(r.rewards[0]) for r in rollouts),
-    }
-    if dist.get_rank() == 0:
-        write_whole(output_dir / "held_out.json", json.dumps(figures) + "\n")
-    return figures
-
-
-def read_held_out(output_dir: Path) -> dict[str, float] | None:
-    """The figures that `measure_held_out` wrote; None where the file is gone, which is said."""
-    path = output_dir / "held_out.json"
-    if not path.exists():
-        say(f"{path} is gone: the model before training is not measured again", file=sys.stderr)
-        return None
-    figures = read_json(path)
-    for name in ("first_stage", "ndcg@10", "window_reward"):
-        if not isinstance(figures.get(name), float | int):
-            raise UserError(f"{path}: damaged, it has no {name}; without the file the run goes on")
-    return figures
-
-
-def say_what_was_gained(before: dict[str, float], after: dict[str, float]) -> None:
-    say(
-        f"held-out nDCG@10: {before['ndcg@10']:.4f} before training, {after['ndcg@10']:.4f} after "
-        f"(first stage {after['first_stage']:.4f})"
-    )
-    say(
-        f"held-out windows, mean reward: {before['window_reward']:.4f} before training, "
-        f"{after['window_reward']:.4f} after"
-    )

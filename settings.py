@@ -61,6 +61,9 @@ class RunSettings:
     triples: str = setting("", "instead of both: Tevatron's JSON lines of positives and negatives")
     eval_candidates: str = setting("", "held-out candidates, reranked before and after training")
     eval_qrels: str = setting("", "the held-out judgments")
+    eval_every: int = setting(
+        0, "steps between measurements on them during training; 0: none", within=(0, MANY)
+    )
     allow_overlap: bool = setting(
         False, "train though held-out queries are (nearly) among the training queries"
     )
@@ -191,7 +194,7 @@ class DryRunSettings:
 
 # They change no result, or only how far it goes; a run that goes on may have others.
 FREE_TO_CHANGE = set(
-    "output_dir steps max_in_flight max_tokens_per_micro_batch activation_checkpointing "
+    "output_dir steps max_in_flight max_tokens_per_micro_batch activation_checkpointing eval_every "
     "checkpoint_every keep_checkpoints max_skipped allow_overlap allow_changed tensorboard".split()
 )
 

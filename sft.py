@@ -32,8 +32,14 @@ from engine.parallel import StopSignal, explained, processes, say, together
 from engine.run import Run, in_folder, model_card
 from engine.streams import make_unbreakable
 from flags import parse_settings, program
+from held_out import (
+    load_held_out,
+    measure_held_out,
+    measure_if_due,
+    refuse_held_out,
+    say_what_was_gained,
+)
 from lessons import Lesson, as_rollout, encode_lessons, load_lessons
-from measure import load_held_out, measure_held_out, refuse_held_out, say_what_was_gained
 from pages.run import keeper
 from rollout import Rollout, offending
 from settings import RunSettings, SftSettings, TrainSettings
@@ -140,6 +146,7 @@ def train_in(
     keep_page = keeper(folder)
     with run:
         for step in run.steps():
+            measure_if_due(measured, folder, step, settings.eval_every)
             chosen = batch_at(step, settings.batch_size, len(lessons), settings.seed)
             batch = [as_rollout(agent, place, *lessons[i]) for place, i in enumerate(chosen)]
             with explained("update"), run.timed("update_seconds"):

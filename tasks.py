@@ -51,7 +51,7 @@ LISTWISE = Task(
         variant: partial(listwise_reward, variant=variant)
         for variant in ("relative", "absolute", "difference")
     },
-    ranker=lambda n, s: slide(n, s.window_size, s.step_size),
+    ranker=lambda n, settings: slide(n, settings.window_size, settings.step_size),
     training_set=lambda candidates, qrels, s: training_set(
         candidates, qrels, s.window_size, s.draws, s.min_ndcg, s.ndcg_filter, s.seed
     ),
@@ -63,7 +63,7 @@ SETWISE = Task(
     parse=parse_choice,
     write=write_choice,
     rewards={"exact": exact_reward, "graded": graded_reward},
-    ranker=lambda n, s: SORTS[s.sort](n, s.sort_top, s.window_size - 1),
+    ranker=lambda n, settings: SORTS[settings.sort](n, settings.sort_top, settings.window_size - 1),
     training_set=lambda candidates, qrels, s: choice_training_set(
         candidates, qrels, s.window_size, s.draws, s.seed
     ),

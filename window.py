@@ -15,6 +15,7 @@ is sent the answers; `run_rankers` keeps the rankers of many queries going at on
 
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -240,6 +241,28 @@ def slide(n: int, window_size: int = 20, step_size: int = 10) -> Ranker:
         (answer,) = yield [given]
         order[start:end] = [given[position] for position in answer]
     return order
+
+
+def count_windows(ranker: Ranker, reverse: bool) -> int:
+    """How many windows a ranker asks for where every answer keeps, or reverses, the given order."""
+    count, answers = 0, None
+    try:
+        while True:
+            batch = ranker.send(answers)
+            count += len(batch)
+            answers = [list(range(len(given)))[:: -1 if reverse else 1] for given in batch]
+    except StopIteration:
+        return count
+
+
+def expected_windows(ranker: Callable[[int], Ranker], sizes: Sequence[int]) -> tuple[int, bool]:
+    """How many windows queries of so many candidates take together, and whether that is certain.
+    Where it depends on the answers, the mean of what two extremes take."""
+    kept, reversed_ = (
+        sum(times * count_windows(ranker(n), reverse) for n, times in Counter(sizes).items())
+        for reverse in (False, True)
+    )
+    return round((kept + reversed_) / 2), kept == reversed_
 
 
 def run_rankers(

@@ -27,7 +27,7 @@ from engine.provenance import hash_files, hash_model, provenance
 from settings import FREE_TO_CHANGE, RunSettings, UserError
 
 SETTINGS, PROVENANCE = "settings.json", "provenance.json"
-LOGS = ("metrics.jsonl", "responses.jsonl", "skipped.jsonl")  # a line or more a step
+LOGS = ("metrics.jsonl", "responses.jsonl", "skipped.jsonl", "held_out.jsonl")  # lines of steps
 FILES = ("candidates", "qrels", "triples", "responses", "eval_candidates", "eval_qrels")
 # Of killed writers: a file that was to be replaced, an export, a checkpoint.
 LEFT_OVER = ("*.[0-9]*.tmp", "*/*.[0-9]*.tmp", "export.tmp", "checkpoints/*.tmp")

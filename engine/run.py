@@ -5,6 +5,7 @@ OUTPUT_DIR/
     metrics.jsonl      a line of figures a step
     responses.jsonl    some windows of each step and responses to them, to read
     skipped.jsonl      the prompts of updates that were not finite
+    held_out.jsonl     a line of held-out figures every --eval_every steps (held_out.py)
     report.html        all of that as a page (pages/run.py)
     events.out.*       the figures for TensorBoard, with --tensorboard
     checkpoints/       what a run that died goes on from (checkpoint.py)
@@ -148,7 +149,7 @@ class Run:
             figures["tokens_per_second"] = round(per_second, 1)
         if self.settings.tensorboard:
             write_events(self.output_dir, self.first, self.step, figures)
-        for name, records in zip(folder.LOGS, ([figures], responses, skipped)):
+        for name, records in zip(folder.LOGS[:3], ([figures], responses, skipped)):
             records = [{"step": self.step} | record for record in records]
             try:
                 if records:

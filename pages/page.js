@@ -27,9 +27,11 @@ function grade(value) {
   const level = Math.max(0, Math.min(4, value));
   return el("span", { class: `grade g${level}`, title: `grade ${value}` }, minus(String(value)));
 }
+// What went wrong with an answer, in words; a window that was too long was not asked about at all.
+const wrong = (answer) => answer.too_long ? ["too long"]
+  : ["malformed", "cut_off"].filter((flag) => answer[flag]).map((flag) => flag.replace("_", " "));
 const flags = (answer) =>
-  ["malformed", "cut_off"].filter((flag) => answer[flag])
-    .flatMap((flag) => [el("strong", { class: "flag" }, flag.replace("_", " ")), " "]);
+  wrong(answer).flatMap((words) => [el("strong", { class: "flag" }, words), " "]);
 
 // ---------------------------------------------------- a passage, shown over what one points to
 

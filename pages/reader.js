@@ -135,7 +135,7 @@ function readerPage() {
   const columns = [
     { name: "query", title: "Query", value: (row) => row.query, show: (row) =>
       [row.query, " ", row.flags ? el("strong", { class: "flag",
-        title: "windows that are malformed or cut off" }, String(row.flags)) : null] },
+        title: "windows that are malformed, cut off or too long" }, String(row.flags)) : null] },
     ...[0, 1].map((i) => ({ name: ["before", "after"][i], number: true, value: (row) => row.ndcg[i],
       title: (compare ? "AB" : ["First", "Final"])[i], show: (row) => fixed(row.ndcg[i]) })),
     { name: "gain", title: compare ? "B \u2212 A" : "Gain", number: true, show: (row) =>
@@ -144,10 +144,9 @@ function readerPage() {
   ];
   data.queries.forEach((row, place) => {
     row.place = place;
-    row.flags = row.windows.flat().filter((one) => one.malformed || one.cut_off).length;
+    row.flags = row.windows.flat().filter((one) => wrong(one).length).length;
   });
-  const words = (row) => `${row.query}\n${row.qid}\n${row.windows.flat()
-    .map((one) => (one.malformed ? "malformed " : "") + (one.cut_off ? "cut off" : "")).join(" ")}`;
+  const words = (row) => [row.query, row.qid, ...row.windows.flat().flatMap(wrong)].join("\n");
   const open = (row, tr, enter) => {
     article.replaceChildren(...queryView(row, false));
     history.replaceState(null, "", `#q=${encodeURIComponent(row.qid)}`);

@@ -154,6 +154,7 @@ def query_details(records: list[dict], windows: list[list[dict]]) -> dict:
                     "given": [number[docid] for docid in one["given"]],
                     "ranked": [number[docid] for docid in one["ranked"]],
                     **{key: one[key] for key in ("malformed", "cut_off", "tokens", "response")},
+                    "too_long": one.get("too_long", False),
                 }
                 for one in found
             ]

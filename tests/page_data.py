@@ -120,7 +120,7 @@ def fake_evaluation(
     hostile: bool = False,
 ) -> Path:
     """An evaluation's folder: random answers to windows of 20. The first window of the first query
-    is malformed, that of the second cut off."""
+    is malformed, that of the second cut off, that of the third too long for the model."""
     rng, world = random.Random(seed), random.Random(1)  # the world is the same whatever the seed
 
     def text(words: int) -> str:
@@ -136,7 +136,7 @@ def fake_evaluation(
             while True:
                 (given,) = ranker.send(answer)
                 response, order = answered(rng, len(given), tokens)
-                bad = number == 0 and q < 2
+                bad, too_long = number == 0 and q < 3, number == 0 and q == 2
                 order = sorted(order) if bad else order
                 docids = [passages[i].docid for i in given]
                 windows.append(
@@ -147,9 +147,10 @@ def fake_evaluation(
                         "ranked": [docids[i] for i in order],
                         "malformed": bad,
                         "cut_off": bad and q == 1,
-                        "tokens": tokens,
+                        "too_long": too_long,
+                        "tokens": 0 if too_long else tokens,
                         "reasoning": "",
-                        "response": (rng.choice(HOSTILE) if hostile else "") + response,
+                        "response": "" if too_long else hostile * rng.choice(HOSTILE) + response,
                     }
                 )
                 answer, number = [order], number + 1
@@ -164,7 +165,7 @@ def fake_evaluation(
         "before": {"ndcg@1": 0.3, "ndcg@10": 0.5},
         "after": {"ndcg@1": 0.4, "ndcg@10": 0.625},
         "windows": len(windows),
-        "malformed": 2,
+        "malformed": 3,
         "cut_off": 1,
         "tokens": tokens * len(windows),
         "settings": {"model": HOSTILE[1] if hostile else "tiny"},

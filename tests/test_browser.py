@@ -251,7 +251,7 @@ def test_what_moved_is_drawn_and_its_ends_light_up(browser, reader_page):
 def test_windows_open_and_flag_what_went_wrong(browser, reader_page):
     browser.open(reader_page)
     flagged = [q for q in browser.all("button.open") if q.find_elements(By.CSS_SELECTOR, ".flag")]
-    assert len(flagged) == 2
+    assert len(flagged) == 3
     flags = set()
     for query in flagged:
         query.click()
@@ -263,7 +263,9 @@ def test_windows_open_and_flag_what_went_wrong(browser, reader_page):
         assert len(windows[0].find_elements(By.CSS_SELECTOR, ".passages li")) == 20
         assert not windows[0].find_elements(By.CSS_SELECTOR, ".place")  # no answer was read
         assert len(windows[1].find_elements(By.CSS_SELECTOR, ".place")) == 20
-    assert flags == {"malformed", "malformed cut off"}
+    assert flags == {"malformed", "malformed cut off", "too long"}
+    browser.one("input[type=search]").send_keys("too long")
+    assert browser.one("output").text == "1 of 6"
 
 
 def test_two_evaluations_stand_side_by_side(browser, tmp_path):

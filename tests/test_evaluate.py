@@ -4,6 +4,7 @@ that die and go on."""
 import json
 import operator
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -90,6 +91,28 @@ def test_a_model_reranks_and_every_window_is_written(monkeypatch, tmp_path, smal
         assert ranked[query.qid] == order
     assert {r["qid"] for r in records} == set(ranked)
     assert metrics["after"] != metrics["before"]
+
+
+@pytest.mark.parametrize(
+    "task, start, end",
+    [
+        ("listwise", "windows:   0%| | 0/24 ", "windows: 100%| | 24/24 "),
+        ("setwise", "windows, about:   0%| | 0/", "windows, about: 100%| | "),
+        ("none", "windows: 0w", "windows: 0w"),
+    ],
+)
+def test_the_bar_tells_how_many_windows_there_will_be(
+    monkeypatch, capsys, tmp_path, small, task, start, end
+):
+    reranker = ["none"] if task == "none" else ["oracle", "--task", task]
+    flags = ["--candidates", small[0], "--qrels", small[1], "--output_dir", tmp_path]
+    sizes = ["--window_size", "4", "--step_size", "2"]
+    run(monkeypatch, *flags, "--reranker", *reranker, *sizes)
+    bars = re.sub(r"\|[^|]*\|", "| |", capsys.readouterr().err).split("\r")
+    assert bars[1].startswith(start) and bars[-1].startswith(end)
+    if task == "setwise":
+        asked = json.loads((tmp_path / "metrics.json").read_text())["windows"]
+        assert f"{asked}/{asked} " in bars[-1]
 
 
 def test_queries_without_candidates_count_as_zero(monkeypatch, capsys, tmp_path, small):

@@ -2,6 +2,7 @@
 
 import random
 import time
+from contextlib import suppress
 from dataclasses import fields
 from itertools import pairwise
 
@@ -9,12 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from setwise import bubblesort, heapsort
 from window import (
     LISTWISE_PROMPT,
     OPENING_TURNS,
     PROMPTS,
     Prompt,
     conversation,
+    expected_windows,
     load_prompt,
     parse_ranking,
     run_rankers,
@@ -273,3 +276,30 @@ def test_a_batch_of_windows_is_answered_in_its_order():
         return [pending.pop()]
 
     assert run([ranker()], lambda ticket, given: given, shuffled) == {0: [[0, 1], [2, 3], [4, 5]]}
+
+
+# ------------------------------------------------------------------------- how many there will be
+
+
+def windows_asked(ranker, score: list[float]) -> int:
+    """How many windows a ranker asks for, where the scores of the candidates answer them."""
+    batches, answers = [], None
+    with suppress(StopIteration):
+        while True:
+            batches.append(ranker.send(answers))
+            orders = (sorted(given, key=score.__getitem__) for given in batches[-1])
+            answers = [[given.index(i) for i in order] for given, order in zip(batches[-1], orders)]
+    return sum(map(len, batches))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "certain, ranker",
+    [(True, slide), (True, bubblesort), (False, heapsort)],
+)
+def test_the_windows_to_come_are_known_or_about_known(certain, ranker, seed):
+    rng, sizes = random.Random(seed), [100, 20, 0, 7, 100, 33]
+    total, known = expected_windows(ranker, sizes)
+    real = sum(windows_asked(ranker(n), rng.sample(range(n), n)) for n in sizes)
+    assert known == certain
+    assert total == real if certain else abs(total - real) < 0.25 * real
