@@ -87,8 +87,10 @@ def on_meta(config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> Pre
 
 
 def not_loaded(name: str, error: Exception) -> UserError:
-    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-    return UserError(f"--model {name}: cannot be loaded: {kind}{' '.join(str(error).split())}")
+    why = " ".join(str(error).split())
+    if not isinstance(error, UserError):
+        why = f"{type(error).__name__}: {why:.400}"  # some list all kinds of models there are
+    return UserError(f"--model {name}: cannot be loaded: {why}")
 
 
 def load_lm(

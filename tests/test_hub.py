@@ -17,7 +17,7 @@ for name in sys.argv[1:]:
         print(name, "is loaded")
     except ValueError as error:
         print(error)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 30  # seconds; it was 47 with retries
 """
 
 
