@@ -17,7 +17,7 @@ from engine.files import write_whole
 from flags import program
 from pages.comparison import comparison_page
 from pages.document import Block, Heading, Paragraph, Table, as_markdown, as_text
-from paired import Paired, holm, paired, queries_for
+from paired import Paired, holm, interval, paired, probability, queries_for
 from papers import SOURCES, SUITES, TWO_TRAININGS, reported
 from sources.registry import BEIR, BRIGHT, DL
 from systems import System, find_evaluations, gather, read_evaluated
@@ -120,21 +120,11 @@ def lines_of(comparison: Comparison, suites: dict[str, list[str]]) -> dict[str, 
 
 def differences_table(lines: dict[str, Paired], adjusted: list[float]) -> Table:
     head = ["", "queries", "difference", "95% interval", "p", "p, Holm"]
-    return Table(
-        head,
-        [
-            [name, f"{d.queries}", f"{d.mean:+.2f}", interval(d), probability(d.p), probability(p)]
-            for (name, d), p in zip(lines.items(), adjusted)
-        ],
-    )
-
-
-def interval(d: Paired) -> str:
-    return "-" if d.noise is None else f"{d.mean - d.noise:+.2f} to {d.mean + d.noise:+.2f}"
-
-
-def probability(p: float) -> str:
-    return "<.001" if p < 0.001 else f"{p:.3f}"
+    rows = []
+    for (name, d), p in zip(lines.items(), adjusted):
+        told = [f"{d.mean:+.2f}", interval(d.mean, d.noise), probability(d.p), probability(p)]
+        rows.append([name, f"{d.queries}", *told])
+    return Table(head, rows)
 
 
 def noise_table(lines: dict[str, Paired]) -> Table:
@@ -211,8 +201,7 @@ def other_first_stages(systems: list[System]) -> list[str]:
     for a, b in combinations(systems, 2):
         for dataset in (d for d in b.evaluated if d in a.evaluated):
             one, other = a.evaluated[dataset], b.evaluated[dataset]
-            hashes = {e.metrics.get("sha256", {}).get("candidates") for e in (one, other)}
-            if len(hashes) > 1 or one.before != other.before:
+            if one.candidates_hash() != other.candidates_hash() or one.before != other.before:
                 means = [fmean(e.before.values()) for e in (one, other)]
                 notes.append(
                     f"{dataset}: {a.label} and {b.label} ranked other candidates (first stage "

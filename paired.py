@@ -92,3 +92,14 @@ def queries_for(difference: float, found: Paired) -> int:
     """About how many queries it takes to find a true difference 4 times out of 5, where they
     differ as these do."""
     return int(np.ceil(found.queries * (found.found_from / difference) ** 2))
+
+
+# ----------------------------------------------------------------------------- as it is written
+
+
+def interval(mean: float, noise: float | None) -> str:
+    return "-" if noise is None else f"{mean - noise:+.2f} to {mean + noise:+.2f}"
+
+
+def probability(p: float) -> str:
+    return "<.001" if p < 0.001 else f"{p:.3f}"

@@ -262,6 +262,21 @@ class SourceSettings:
 
 
 @dataclass
+class AnalysisSettings:
+    """What analyses.py varies."""
+
+    passes: int = setting(3, "passes: how many, each over what the one before made", within=(2, 99))
+    shuffles: int = setting(3, "orders: how many shuffled ones", within=(1, 99))
+    sizes: list[str] = setting(
+        ["20:10", "20:5", "10:5", "40:20"],
+        "windows: WINDOW:STEP each; the others are compared with the first",
+    )
+    without: str = setting(
+        "", "reasoning: the prompt without it; default: prompts/direct.toml, for listwise"
+    )
+
+
+@dataclass
 class FirstStageSettings:
     """Where first_stage.py writes."""
 

@@ -31,6 +31,9 @@ class Evaluated:
     before: dict[str, float]
     after: dict[str, float]
 
+    def candidates_hash(self) -> str | None:
+        return self.metrics.get("sha256", {}).get("candidates")
+
     def texts(self) -> dict[str, str]:
         """The queries by qid, where the evaluation kept them."""
         kept = read_lines(self.folder / "queries.jsonl")
@@ -97,31 +100,38 @@ def system_of(metrics: dict, folder: Path) -> str:
     if "sha256" not in metrics:
         return str(folder.resolve())
     hashes = {k: v for k, v in metrics["sha256"].items() if k not in OF_THE_DATASET}
-    return json.dumps([deciding(metrics), hashes], sort_keys=True)
+    served = metrics.get("served", {}).get("model")
+    return json.dumps([deciding(metrics), hashes, served], sort_keys=True)
 
 
 def deciding(metrics: dict) -> dict:
     """The settings that decide the answers, but for the dataset and what hashes tell."""
-    leave_out = {*asdict(SourceSettings()), *TOLD_BY_HASHES, *CHANGE_NO_ANSWER}
+    told = {name for name in TOLD_BY_HASHES if name in metrics.get("sha256", {})}
+    leave_out = {*asdict(SourceSettings()), *told, *CHANGE_NO_ANSWER}
     return {k: v for k, v in metrics.get("settings", {}).items() if k not in leave_out}
 
 
 def gather(evaluations: list[Evaluated]) -> list[System]:
-    """The systems in the order given. UserError for what cannot be compared."""
-    by_system: dict[str, dict[str, Evaluated]] = {}
+    """The systems in the order given; one that ranked several first stages of a dataset is one of
+    each. UserError for what cannot be compared."""
+    systems: list[dict[str, Evaluated]] = []
     for one in evaluations:
-        of_this = by_system.setdefault(one.system, {})
-        if other := of_this.get(one.dataset):
-            raise UserError(
-                f"{other.folder} and {one.folder} are {one.dataset} ranked by the same model with "
-                "the same settings: give one of them"
-            )
-        of_this[one.dataset] = one
-    if len(by_system) > len(ascii_uppercase):
-        raise UserError(f"{len(by_system)} systems are too many: at most {len(ascii_uppercase)}")
+        alike = [of for of in systems if next(iter(of.values())).system == one.system]
+        for other in (of[one.dataset] for of in alike if one.dataset in of):
+            if other.candidates_hash() == one.candidates_hash():
+                raise UserError(
+                    f"{other.folder} and {one.folder} are {one.dataset} ranked by the same model "
+                    "with the same settings: give one of them"
+                )
+        having_none = [of for of in alike if one.dataset not in of]
+        if not having_none:
+            systems.append({})
+        (having_none or systems[-1:])[0][one.dataset] = one
+    if len(systems) > len(ascii_uppercase):
+        raise UserError(f"{len(systems)} systems are too many: at most {len(ascii_uppercase)}")
     refuse_other_judgments(evaluations)
-    names = name_systems([next(iter(of_this.values())) for of_this in by_system.values()])
-    return [System(*each) for each in zip(ascii_uppercase, names, by_system.values())]
+    names = name_systems([next(iter(of.values())) for of in systems])
+    return [System(*each) for each in zip(ascii_uppercase, names, systems)]
 
 
 def refuse_other_judgments(evaluations: list[Evaluated]) -> None:
@@ -153,13 +163,21 @@ def name_systems(firsts: list[Evaluated]) -> list[str]:
         changed += [Path(settings[i]["prompt"]).stem] if len(prompts) > 1 else []
         names.append(" ".join([plain[i], *changed]))
     twice = Counter(names)
-    return [f"{n} ({e.folder.name})" if twice[n] > 1 else n for n, e in zip(names, firsts)]
+    return [
+        f"{name} ({last_two(one.folder)})" if twice[name] > 1 else name
+        for name, one in zip(names, firsts)
+    ]
+
+
+def last_two(folder: Path) -> str:
+    return "/".join(folder.resolve().parts[-2:])  # mine/after, of a training; pass-1/dl19
 
 
 def base_name(one: Evaluated) -> str:
     settings = one.metrics.get("settings", {})
     if "reranker" not in settings:
-        return "/".join(one.folder.resolve().parts[-2:])  # runs/mine/after
+        return last_two(one.folder)
     if settings["reranker"] == "model":
-        return Path(settings["model"]).name
+        served = one.metrics.get("served", {}).get("model")
+        return Path(served or settings["model"]).name
     return {"none": "first stage as it is"}.get(settings["reranker"], settings["reranker"])

@@ -126,6 +126,16 @@ def test_a_training_has_no_record_and_is_told_by_its_folders(monkeypatch, capsys
     assert "B mine/after - A mine/before" in said and "Own data" in said
 
 
+def test_one_model_on_two_first_stages(monkeypatch, capsys, tmp_path):
+    for name in ("bm25", "dense"):
+        for dataset in ("dl19", "dl20"):
+            fake(tmp_path / name / dataset, dataset=dataset, candidates=f"{name} of {dataset}")
+    said = run(monkeypatch, capsys, tmp_path / "c", tmp_path / "bm25", tmp_path / "dense")
+    for system in ("A mine (bm25/dl19)", "B mine (dense/dl19)"):
+        assert re.search(rf"^{re.escape(system)} +2 +16 ", said, re.M)
+    assert said.count("ranked other candidates") == 2
+
+
 def test_other_candidates_are_named(monkeypatch, capsys, tmp_path):
     fake(tmp_path / "a")
     fake(tmp_path / "b", seed=3, candidates="others")

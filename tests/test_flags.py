@@ -5,6 +5,7 @@ from dataclasses import fields
 
 import pytest
 
+import analyses
 import data
 import evaluate
 import first_stage
@@ -22,6 +23,10 @@ KINDS = {
     evaluate: [settings.SourceSettings, settings.EvaluateSettings, settings.AgentSettings],
     rearank: [settings.AgentSettings, settings.SourceSettings],
     sft: [settings.SftSettings],
+    analyses: [
+        *(settings.SourceSettings, settings.AnalysisSettings),
+        *(settings.EvaluateSettings, settings.AgentSettings),
+    ],
     data: [settings.SourceSettings, settings.DataSettings],
     first_stage: [settings.SourceSettings, settings.FirstStageSettings],
 }
@@ -57,7 +62,7 @@ def test_every_number_has_a_range_and_what_is_outside_is_refused(program, field,
     outside += ["0.5"] if field.type is int else ["1e999"]
     for value in outside:
         values = [value] * (field.metadata["count"] or 1)
-        others = ["q", "nosuch"] if program is rearank else []
+        others = {rearank: ["q", "nosuch"], analyses: ["passes"]}.get(program, [])
         argv = ["", *others, f"--{field.name}", *values]
         monkeypatch.setattr(sys, "argv", list(map(str, argv)))
         with pytest.raises(SystemExit) as stop:
