@@ -23,6 +23,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import is_flash_attn_2_available
 
 from engine import lora
+from engine.chat import encode_chat
 from engine.hub import require_model
 from engine.packed import Policy
 from engine.parallel import gathered, non_finite, shard_from_first, together
@@ -100,7 +101,7 @@ def load_lm(
     base's weights or, `merged`, is added to them in float32 before they are rounded.
 
     UserError, naming --model, where it cannot be loaded or is not all there, where a weight is not
-    finite, or where its tokenizer has no vocabulary or no chat template.
+    finite, or where its tokenizer has no vocabulary, no chat template, or tokens of another model.
     """
     config = load_config(name)
     try:
@@ -118,14 +119,22 @@ def load_lm(
     ):
         if names:
             raise UserError(f"--model {name}: {problem} {some(names)}")
-    if not tokenizer.encode("text", add_special_tokens=False):
-        raise UserError(f"--model {name}: its tokenizer has no vocabulary; is a file missing?")
-    if tokenizer.chat_template is None:
-        raise UserError(f"--model {name}: its tokenizer has no chat template; use a chat model")
+    if problem := tokenizer_problem(tokenizer, lm):
+        raise UserError(f"--model {name}: its tokenizer {problem}")
     reader = {"sdpa": "PyTorch SDPA", "flash_attention_2": "flash-attention 2"}[attention]
     size = f"{lm.num_parameters():,} parameters"
     print(f"{name}: {size}, {dtype}, reads prompts with {reader}", file=sys.stderr)
     return lm, tokenizer
+
+
+def tokenizer_problem(tokenizer: PreTrainedTokenizerBase, lm: PreTrainedModel) -> str | None:
+    if not tokenizer.encode("text", add_special_tokens=False):
+        return "has no vocabulary; is a file missing?"
+    if tokenizer.chat_template is None:
+        return "has no chat template; use a chat model"
+    used = [tokenizer.vocab_size - 1, *encode_chat(tokenizer, [{"role": "user", "content": "x"}])]
+    rows = lm.get_input_embeddings().num_embeddings
+    return f"has a token {max(used)}, its model only {rows}" if max(used) >= rows else None
 
 
 def read_weights(

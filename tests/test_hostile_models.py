@@ -140,6 +140,21 @@ def test_a_quantized_model_and_a_kernel_from_the_hub_are_refused(model):
         load_lm(str(model), torch.float32)
 
 
+@pytest.mark.parametrize("of_words", [True, False])
+def test_a_tokenizer_of_another_model_is_refused(model, of_words):
+    """On a GPU its tokens would end the process somewhere in the middle."""
+    tokenizer = learn_tokenizer(["tide moon sea"] * 9, vocab_size=400)
+    if of_words:
+        lm = tiny_model(tokenizer, vocab_size=200)
+        lm.save_pretrained(model)
+    else:  # one more token, which the chat template writes
+        tokenizer.add_tokens(["<|turn|>"])
+        tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>", "<|turn|>")
+        tokenizer.save_pretrained(model)
+    with pytest.raises(UserError, match=rf"--model {model}: its tokenizer has a token \d+"):
+        load_lm(str(model), torch.float32)
+
+
 @pytest.fixture
 def one_second(monkeypatch):
     monkeypatch.setattr(limits, "SECONDS", 1)

@@ -54,8 +54,8 @@ def tiny_model(tokenizer, seed: int = 0, **changes) -> Qwen2ForCausalLM:
     }  # fmt: skip
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, attn_implementation="sdpa", **(sizes | changes),
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        attn_implementation="sdpa", **({"vocab_size": len(tokenizer)} | sizes | changes),
     )  # fmt: skip
     return Qwen2ForCausalLM(config)
 
