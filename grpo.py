@@ -328,6 +328,8 @@ def fill_in(settings: TrainSettings) -> TrainSettings:
     rewards = TASKS[settings.task].rewards
     if settings.reward and settings.reward not in rewards:
         raise UserError(f"--reward {settings.reward}: {settings.task} has {', '.join(rewards)}")
+    if settings.task == "listwise" and not any(settings.weights):
+        raise UserError("--weights 0 0 0: every response would earn the same, which is nothing")
     return presets.fill_in(settings, settings.updates_per_batch)
 
 

@@ -137,6 +137,11 @@ def drop_too_long(
     lengths = [shares[i % world][i // world] for i in range(len(windows))]
     room = room_for_prompt(agent.policy.lm, settings.max_new_tokens)
     fit = [(window, length) for window, length in zip(windows, lengths) if length <= room]
+    if windows and not fit:
+        raise UserError(
+            f"no window is left: the shortest prompt has {min(lengths)} tokens, and the model room "
+            f"for {room} beside a response of up to {settings.max_new_tokens}: {NEED_LESS}"
+        )
     if left_out := {w.qid for w, length in zip(windows, lengths) if length > room}:
         say(
             f"{len(windows) - len(fit)} of {len(windows)} windows are left out: their prompts, of "
@@ -144,11 +149,6 @@ def drop_too_long(
             f"beside a response (--max_new_tokens {settings.max_new_tokens}). They are of "
             f"{len(left_out)} queries: {some(left_out, 5)}",
             file=sys.stderr,
-        )
-    if windows and not fit:
-        raise UserError(
-            f"no window is left: all prompts are longer than the {room} tokens that a response "
-            f"leaves them: {NEED_LESS}"
         )
     return [window for window, _ in fit], max((length for _, length in fit), default=1)
 

@@ -22,13 +22,7 @@ def setting(
     count: int = 0,  # of a list: how many there must be; 0: any
 ) -> Any:
     """A field of a settings dataclass, with the line that --help shows for it."""
-    metadata = {
-        "help": meaning,
-        "choices": choices,
-        "within": within,
-        "or_zero": or_zero,
-        "count": count,
-    }
+    metadata = dict(help=meaning, choices=choices, within=within, or_zero=or_zero, count=count)
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
