@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import re
 import shutil
 import time
@@ -394,6 +395,34 @@ def test_no_added_token_gets_through(hiding, evil):
     added = set(hiding.added_tokens_decoder)
     assert [t for t in ids if t in added] == [t for t in harmless if t in added]
     assert set(hiding.encode(evil, add_special_tokens=False)) & added  # which it would be alone
+
+
+NORMALIZERS = {
+    "none": None,
+    "NFC": normalizers.NFC(),
+    "NFKC, lower case": normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()]),
+    "no accents": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
+}
+WAYS = ("normalized", "lstrip", "rstrip", "single_word")
+
+
+@pytest.mark.parametrize("name", NORMALIZERS)
+@pytest.mark.parametrize("seed", range(4))
+def test_no_added_token_gets_through_however_it_is_matched(name, seed):
+    rng = random.Random(seed)
+    spelled = [*HIDDEN, "\ufb01", "a b", " x"]
+    tokenizer = learn_tokenizer(["tide moon sea"] * 9, vocab_size=400)
+    tokenizer.backend_tokenizer.normalizer = NORMALIZERS[name]
+    for token in spelled:
+        how = {way: rng.random() < 0.5 for way in WAYS}
+        tokenizer.add_tokens([AddedToken(token, **how)], special_tokens=rng.random() < 0.3)
+    added, prompt = set(tokenizer.added_tokens_decoder), load_prompt(LISTWISE_PROMPT)
+    harmless, _ = encode_window(tokenizer, prompt, "tide", ["moon", "sea"])
+    pieces = [*spelled, *POSING, "\uff5cuser\uff5c", "\uff1cthink\uff1e", "##", "A B", "\u00df"]
+    for _ in range(20):
+        texts = ["".join(rng.choices(pieces, k=6)) for _ in range(2)]
+        ids, _ = encode_window(tokenizer, prompt, "tide", texts)
+        assert [t for t in ids if t in added] == [t for t in harmless if t in added], texts
 
 
 R1 = (  # drops what an assistant thought, as R1's and Qwen3's do, and trims, as Llama's does
