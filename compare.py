@@ -20,9 +20,10 @@ from pages.document import Block, Heading, Paragraph, Table, as_markdown, as_tex
 from paired import Paired, holm, interval, paired, probability, queries_for
 from papers import SOURCES, SUITES, TWO_TRAININGS, reported
 from sources.registry import BEIR, BRIGHT, DL
-from systems import System, find_evaluations, gather, read_evaluated
+from systems import Evaluated, System, find_evaluations, gather, read_evaluated
 
 GROUPS = {"TREC DL": ("dl", DL), "BEIR": ("beir", BEIR), "BRIGHT": ("bright", BRIGHT)}
+SAME_BM25 = 0.1  # points: BRIGHT's figures have one digit
 
 
 @dataclass(frozen=True)
@@ -61,23 +62,21 @@ def suite_table(title: str, datasets: list[str], systems: list[System]) -> Table
         for name, figures in reported().items()
         if any(d in figures for d in datasets) or (whole and key in figures)
     ]
-    first = {d: s.evaluated[d].before for s in reversed(systems) for d in s.evaluated}
-    rows.append(["first stage", *with_average([fmean(first[d].values()) for d in datasets])])
+    first = first_of_each(systems)
+    means = [fmean(first[d].before.values()) for d in datasets]
+    rows.append(["first stage", *with_average(means)])
     for system in systems:
         of = system.evaluated
         means = [fmean(of[d].after.values()) if d in of else None for d in datasets]
         rows.append([system.title(), *with_average(means)])
     head = ["", *map(short, datasets), "average"]
-    return without_average(Table(head, rows)) if len(datasets) == 1 else Table(head, rows)
+    columns = len(head) - (len(datasets) == 1)  # of one there is no average
+    return Table(head[:columns], [row[:columns] for row in rows])
 
 
 def with_average(means: list[float | None]) -> list[str]:
     average = None if None in means else fmean(means)
     return ["-" if mean is None else f"{mean:.2f}" for mean in (*means, average)]
-
-
-def without_average(table: Table) -> Table:
-    return Table(table.head[:-1], [row[:-1] for row in table.rows])
 
 
 # --------------------------------------------------------------------------- the differences
@@ -129,7 +128,7 @@ def differences_table(lines: dict[str, Paired], adjusted: list[float]) -> Table:
 
 def noise_table(lines: dict[str, Paired]) -> Table:
     """What this many queries can tell."""
-    head = ["", "better", "equal", "worse", "noise under", "found from", "queries for 1 point"]
+    head = ["", "better", "equal", "worse", "noise under", "found from", "for 1 point"]
     rows = []
     for name, d in lines.items():
         counts = [f"{n}" for n in (d.better, d.queries - d.better - d.worse, d.worse)]
@@ -168,7 +167,8 @@ def report(
     """All that is said, for each of the three forms."""
     suites = suites_of(systems)
     blocks: list[Block] = [Heading("What was ranked"), health_table(systems)]
-    blocks += [Paragraph(note) for note in other_first_stages(systems)]
+    notes = other_first_stages(systems) + other_than_the_papers(systems)
+    blocks += [Paragraph(note) for note in notes]
     for title, datasets in suites.items():
         blocks += [Heading(f"{title}: nDCG@10 in points"), suite_table(title, datasets, systems)]
     blocks.append(Paragraph("; ".join(f"[{n}] {source}" for n, source in SOURCES.items()) + "."))
@@ -179,8 +179,10 @@ def report(
         blocks.append(Heading(comparison.title))
         blocks.append(differences_table(lines, [next(adjusted) for _ in lines]))
         blocks.append(noise_table(lines))
-        for dataset, gains in comparison.gains.items():
-            blocks.append(Paragraph(f"{dataset}, {extremes(gains, texts[dataset])}"))
+        for dataset in (d for members in suites.values() for d in members):
+            if gains := comparison.gains.get(dataset):
+                said = extremes(gains, texts[dataset])
+                blocks.append(Paragraph(f"{short(dataset)}, {said}"))
     return blocks
 
 
@@ -210,20 +212,40 @@ def other_first_stages(systems: list[System]) -> list[str]:
     return notes
 
 
+def other_than_the_papers(systems: list[System]) -> list[str]:
+    """Where the first stage is not the BM25 that the papers' systems began from."""
+    theirs = reported()["BM25 [1]"]
+    notes = []
+    for dataset, one in first_of_each(systems).items():
+        ours = fmean(one.before.values())
+        if dataset in theirs and abs(ours - float(theirs[dataset])) > SAME_BM25:
+            notes.append(
+                f"{dataset}: the first stage here has {ours:.2f}, the papers' BM25 "
+                f"{theirs[dataset]}, so the papers' systems ranked other candidates."
+            )
+    return notes
+
+
+def first_of_each(systems: list[System]) -> dict[str, Evaluated]:
+    """The first evaluation of each dataset."""
+    return {d: one for s in reversed(systems) for d, one in s.evaluated.items()}
+
+
 def how_to_read(tests: int) -> str:
     return (
         "Differences below are of nDCG@10 in points, over the same queries, with 95% intervals "
         f"(t); p is that of the paired permutation test. {tests} tests are made here: of so many, "
         f"{0.05 * tests:.2g} would have p under 0.05 by chance alone; p, Holm is p among so many. "
         "Noise under: a smaller difference cannot be told from none with these queries. Found "
-        "from: a true difference of that size is found 4 times out of 5. The papers give means, "
+        "from: a true difference of that size is found 4 times out of 5; for 1 point: so many "
+        "queries would find one of 1 point as often. The papers give means, "
         f"not queries: nothing is tested against them. {TWO_TRAININGS}"
     )
 
 
 def texts_of(systems: list[System]) -> dict[str, dict[str, str]]:
     """The queries, by dataset and qid."""
-    return {d: one.texts() for s in reversed(systems) for d, one in s.evaluated.items()}
+    return {dataset: one.texts() for dataset, one in first_of_each(systems).items()}
 
 
 def page_of(
@@ -232,7 +254,7 @@ def page_of(
     compared: list[Comparison],
     texts: dict[str, dict[str, str]],
 ) -> str:
-    first = {d: one for s in reversed(systems) for d, one in s.evaluated.items()}
+    first = first_of_each(systems)
 
     def values(dataset: str, qid: str) -> list[float | None]:
         of = (s.evaluated.get(dataset) for s in systems)

@@ -73,6 +73,7 @@ def test_dl19_beside_the_papers(monkeypatch, capsys, tmp_path, dl19_twice):
         ("A first stage as it is", "50.58"), ("B oracle", "89.22"),
     ]:  # fmt: skip
         assert re.search(rf"^{re.escape(name)} +{figure}$", said, re.M)
+    assert "other candidates" not in said  # it is the papers' BM25
     assert "2 tests are made here" in said  # the first stage against itself is none
     lines = map(json.loads, (dl19_twice[1] / "per_query.jsonl").read_text().splitlines())
     gains = [100 * (one["after"]["ndcg@10"] - one["before"]["ndcg@10"]) for one in lines]
@@ -97,6 +98,8 @@ def test_several_datasets_of_one_system(monkeypatch, capsys, tmp_path):
     folders = [tmp_path / name for name in ("all", "bio", "own")]
     said = run(monkeypatch, capsys, tmp_path / "c", *folders)
     assert re.search(r"^A mine +4 +44 ", said, re.M)
+    order = [said.index(f"{name}, lost most") for name in ("dl19", "dl20", "biology")]
+    assert order == sorted(order)
     assert re.search(r"^REARANK-7B \[1\] +74.16 +70.00 +72.0$", said, re.M)
     assert re.search(r"^GRPO, no data filter \[1\] +- +- +71.3$", said, re.M)
     assert re.search(r"^BM25 \[1\] +18.2$", said, re.M) and "TREC DL, mean of 2" in said
@@ -133,7 +136,8 @@ def test_one_model_on_two_first_stages(monkeypatch, capsys, tmp_path):
     said = run(monkeypatch, capsys, tmp_path / "c", tmp_path / "bm25", tmp_path / "dense")
     for system in ("A mine (bm25/dl19)", "B mine (dense/dl19)"):
         assert re.search(rf"^{re.escape(system)} +2 +16 ", said, re.M)
-    assert said.count("ranked other candidates") == 2
+    assert said.count("A and B ranked other candidates") == 2
+    assert len(re.findall(r"papers' BM25 (50.58|47.96)", " ".join(said.split()))) == 2
 
 
 def test_other_candidates_are_named(monkeypatch, capsys, tmp_path):
