@@ -135,9 +135,15 @@ def test_a_quantized_model_and_a_kernel_from_the_hub_are_refused(model):
     change_json(model / "config.json", quantization_config={"quant_method": "mxfp4"})
     with pytest.raises(UserError, match="its weights are quantized, which is not supported"):
         load_lm(str(model), torch.float32)
-    change_json(model / "config.json", quantization_config=None, attn_implementation="you/kernel")
-    with pytest.raises(UserError, match="asks for code from the hub, 'you/kernel': not run"):
-        load_lm(str(model), torch.float32)
+    spoilt = {"quantization_config": None, "_attn_implementation_internal": "you/kernel"}
+    change_json(model / "config.json", **spoilt)  # which is not looked at
+    for load in (load_lm, empty_lm):
+        assert load(str(model), torch.float32, "sdpa")[0].config._attn_implementation == "sdpa"
+    for name in ("attn_implementation", "_attn_implementation", "experts_implementation"):
+        change_json(model / "config.json", **{name: "you/kernel"})
+        with pytest.raises(UserError, match="asks for code from the hub, 'you/kernel': not run"):
+            load_lm(str(model), torch.float32)
+        change_json(model / "config.json", **{name: None})
 
 
 @pytest.mark.parametrize("of_words", [True, False])
