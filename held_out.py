@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-import torch.distributed as dist
-
 from agent import Agent, rank_batch
 from data import TrainingWindow, refuse_overlap
 from engine.files import append_lines, read_json, write_whole
@@ -78,7 +76,7 @@ def measure_held_out(
         ask = partial(rank_batch, agent, agent_settings, keep_too_long=True)
 
         def rerank(*asked) -> list[Candidates]:
-            reranked = stop.cut_short(lambda: ask(*asked))
+            reranked = together(lambda: stop.cut_short(lambda: ask(*asked)))
             stop.check()
             return reranked
 
@@ -90,8 +88,7 @@ def measure_held_out(
         "ndcg@10": metrics["after"]["ndcg@10"],
         "window_reward": fmean(float(r.rewards[0]) for r in rollouts),
     }
-    if dist.get_rank() == 0:
-        write_whole(output_dir / "held_out.json", json.dumps(figures) + "\n")
+    if_first(lambda: write_whole(output_dir / "held_out.json", json.dumps(figures) + "\n"))
     return figures
 
 
@@ -110,10 +107,14 @@ def read_held_out(output_dir: Path) -> dict[str, float] | None:
 
 def measure_if_due(measured: Measured, folder: Path, step: int, every: int) -> None:
     """Every so many steps (0: never), measure before a step what has been learned so far: a line
-    of held_out.jsonl. Of the files of these evaluations, in during/, the newest stay."""
+    of held_out.jsonl. Of the files of these evaluations, in during/, the newest stay. Where they
+    cannot be written, that is said, and training goes on."""
     if every and step and step % every == 0:
-        line = {"step": step, **measured(folder / "during")}
-        if_first(lambda: append_lines(folder / "held_out.jsonl", [line]))
+        try:
+            line = {"step": step, **measured(folder / "during")}
+            if_first(lambda: append_lines(folder / "held_out.jsonl", [line]))
+        except OSError as error:
+            say(f"\nnot measured at step {step}: {error}", file=sys.stderr)
 
 
 def say_what_was_gained(before: dict[str, float], after: dict[str, float]) -> None:

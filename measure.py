@@ -27,7 +27,7 @@ from tqdm import tqdm
 from agent import Answer, Known
 from answers import METRICS, PARTS, UNFINISHED, json_line
 from engine.files import write_whole
-from engine.parallel import all_gather, balanced
+from engine.parallel import all_gather, balanced, if_first, together
 from pages.reader import keep_reader
 from settings import UserError
 from sources.formats import Candidates
@@ -156,21 +156,29 @@ def measure(
         "seconds": seconds,
         **evaluation.about,
     }
-    if dist.get_rank() == 0:
-        output_dir = evaluation.output_dir
-        rankings = {query.qid: [p.docid for p in query.passages] for query in reranked}
-        both = ({"qid": q, "before": before[q], "after": after[q]} for q in qrels)
-        write_whole(output_dir / "windows.jsonl", "".join(map(json_line, answers)))
-        write_run(rankings, output_dir / "run.txt", tag="rearank")
-        write_whole(
-            output_dir / "per_query.jsonl", "".join(json.dumps(query) + "\n" for query in both)
-        )
-        write_whole(output_dir / METRICS, json.dumps(metrics, indent=2) + "\n")
-        keep_reader(output_dir, candidates, reranked, qrels)
-        (output_dir / UNFINISHED).unlink(missing_ok=True)
-        for part in output_dir.glob(PARTS):
-            part.unlink()
+    per_qid = [{"qid": qid, "before": before[qid], "after": after[qid]} for qid in qrels]
+    if_first(lambda: write_results(evaluation, reranked, answers, per_qid, metrics))
     return metrics
+
+
+def write_results(
+    evaluation: Evaluation,
+    reranked: list[Candidates],
+    answers: list[Answer],
+    per_qid: list[dict],
+    metrics: dict,
+) -> None:
+    """The files of one dataset; those that an evaluation goes on from are then gone."""
+    output_dir = evaluation.output_dir
+    rankings = {query.qid: [p.docid for p in query.passages] for query in reranked}
+    write_whole(output_dir / "windows.jsonl", "".join(map(json_line, answers)))
+    write_run(rankings, output_dir / "run.txt", tag="rearank")
+    write_whole(output_dir / "per_query.jsonl", "".join(json.dumps(q) + "\n" for q in per_qid))
+    write_whole(output_dir / METRICS, json.dumps(metrics, indent=2) + "\n")
+    keep_reader(output_dir, evaluation.candidates, reranked, evaluation.qrels)
+    (output_dir / UNFINISHED).unlink(missing_ok=True)
+    for part in output_dir.glob(PARTS):
+        part.unlink()
 
 
 def rerank_share(
@@ -196,7 +204,8 @@ def rerank_share(
     tokens = 0  # that this start takes
     with ExitStack() as files, window_bar([query for _, query in mine], ranker) as bar:
         bar.update(len(answers))
-        logs = {str(e.output_dir): files.enter_context(open_part(e, rank)) for e in evaluations}
+        parts = together(lambda: [files.enter_context(open_part(e, rank)) for e in evaluations])
+        logs = {str(e.output_dir): part for e, part in zip(evaluations, parts)}
 
         def on_answer(answer: Answer) -> None:
             nonlocal malformed, tokens

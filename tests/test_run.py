@@ -197,6 +197,20 @@ def test_a_disk_that_is_full_at_the_first_measurement_is_named(finished, tmp_pat
         grpo.train(replace(finished, output_dir=str(tmp_path / "out")))
 
 
+def test_a_disk_that_is_full_while_it_trains_ends_nothing(run, monkeypatch, capsys):
+    write = measure.write_run
+
+    def full(rankings, path, tag):
+        if path.parent.name == "during":
+            raise OSError(28, "No space left on device")
+        write(rankings, path, tag)
+
+    monkeypatch.setattr(measure, "write_run", full)
+    grpo.train(replace(run, steps=4, eval_every=3))
+    assert len(metrics(Path(run.output_dir))) == 4
+    assert "not measured at step 3: [Errno 28] No space left" in capsys.readouterr().err
+
+
 def test_two_runs_never_share_a_folder(run, monkeypatch):
     monkeypatch.setattr(grpo, "load_policy", no_model)
     process = hold(Path(run.output_dir))
