@@ -39,7 +39,8 @@ class Ranking(list):
 
     windows: what the model was asked and how it answered, in order: dicts with the corpus_ids
         "given" and "ranked", the "reasoning", the whole "response", its "tokens", and whether it
-        was "malformed" (no answer could be read, so the given order stays) or "cut_off".
+        was "malformed" (no answer could be read, so the given order stays) or "cut_off"; all
+        keys stand in docs/library.md.
     """
 
     def __init__(self, documents: list[dict[str, Any]], windows: list[dict[str, Any]]):
@@ -60,9 +61,18 @@ class Rearank:
         self.settings = checked(AgentSettings(model=str(model), **settings))
         self.agent = load_agent(self.settings, torch.device(device) if device else None)
 
-    def rank(self, query: str, documents: Sequence[str], *args, **how) -> Ranking:
-        """Rank the documents of one query; the other arguments are those of `rank_batch`."""
-        return self.rank_batch([query], [documents], *args, **how)[0]
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        on_token: OnToken | None = None,
+        on_window: Callable[[dict[str, Any]], None] | None = None,
+    ) -> Ranking:
+        """Rank the documents of one query, as `rank_batch` does."""
+        how = top_k, return_documents, on_token, on_window
+        return self.rank_batch([query], [documents], *how)[0]
 
     def rank_batch(
         self,
@@ -168,6 +178,7 @@ def as_results(query: Candidates, return_documents: bool) -> list[dict[str, Any]
 def as_window(answer: Answer) -> dict[str, Any]:
     """An answered window with numbers for names."""
     window = asdict(answer)
+    del window["too_long"]  # which is an error here
     numbers = {name: [int(docid) for docid in window[name]] for name in ("given", "ranked")}
     return {"query": int(window.pop("qid"))} | window | numbers
 

@@ -206,3 +206,6 @@ def test_the_examples_of_the_documentation_run(tiny, tmp_path, monkeypatch, caps
     assert "Each was read." in shown[1] and shown[1].startswith("[0, 1, 2, 3] ")
     assert [sorted(json.loads(line)) for line in shown[2].splitlines()] == [[0, 1, 2, 3]] * 2
     assert "</answer>" in shown[3]
+    rows = " ".join(re.findall(r"^\| (`.*?) \|", document.read_text(), re.MULTILINE))
+    documented = re.findall(r"`(\w+)`", rows)
+    assert {*known["ranking"][0], *known["ranking"].windows[0]} <= {*documented}
