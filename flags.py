@@ -153,7 +153,7 @@ def expected(field: Field) -> str:
     if not field.metadata["within"]:
         return "true or false" if field.type is bool else "one text"
     low, high = field.metadata["within"]
-    bounds = f"from {low:,.12g} to {high:,.12g}"
+    bounds = f"from {low:,.15g} to {high:,.15g}"
     if count := field.metadata["count"]:
         return f"{count} numbers, each {bounds}"
     kind = "a whole number" if field.type is int else "a number"

@@ -67,7 +67,7 @@ def test_every_number_has_a_range_and_what_is_outside_is_refused(program, field,
         monkeypatch.setattr(sys, "argv", list(map(str, argv)))
         with pytest.raises(SystemExit) as stop:
             program.main()
-        bounds = f"from {low:,.12g} to {high:,.12g}"
+        bounds = f"from {low:,.15g} to {high:,.15g}"
         assert str(stop.value).startswith(f"--{field.name} "), stop.value
         assert str(stop.value).endswith(bounds) and "\n" not in str(stop.value)
 
