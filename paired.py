@@ -16,7 +16,7 @@ import numpy as np
 from scipy.stats import permutation_test, t
 
 CONFIDENCE, POWER = 0.95, 0.8
-RESAMPLES = 9999
+LEAST, MOST, DRAWS = 9_999, 99_999, 20_000_000  # exchanges, and of queries in all of them
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def sign_flip_p(differences: list[list[float]]) -> float:
         lambda x, axis: x.sum(axis),
         permutation_type="samples",
         vectorized=True,
-        n_resamples=RESAMPLES,
+        n_resamples=min(MOST, max(LEAST, DRAWS // len(parts))),
         batch=max(1, 2_000_000 // len(parts)),
         rng=0,
     )

@@ -43,7 +43,7 @@ def test_p_is_the_share_of_all_exchanges(parts):
 
 
 def test_p_under_no_difference_is_uniform():
-    ps = [paired([sample(30, seed, mean=0)]).p for seed in range(60)]
+    ps = [paired([sample(20, seed, mean=0)]).p for seed in range(40)]
     assert stats.kstest(ps, "uniform").pvalue > 0.01
 
 
