@@ -197,8 +197,8 @@ def analyse(
     folders: list[Path] = []
     with processes() as device, StopSignal() as stop:
         try:
-            from_first(lambda: claim(root, name))
             sets = from_first(lambda: load_judged(datasets, sources, evaluate.reranker))
+            from_first(lambda: claim(root, name))
             agent, settled = together(lambda: load(evaluate.reranker, agent_settings, device))
             bench = Bench(sets, sources, evaluate, agent, root)
             variants = together(lambda: ANALYSES[name](settings, settled, root))

@@ -234,7 +234,7 @@ def first_of_each(systems: list[System]) -> dict[str, Evaluated]:
 def how_to_read(tests: int) -> str:
     return (
         "Differences below are of nDCG@10 in points, over the same queries, with 95% intervals "
-        f"(t); p is that of the paired permutation test. {tests} tests are made here: of so many, "
+        f"(t); p is that of the paired permutation test. Tests made here: {tests}; of so many, "
         f"{0.05 * tests:.2g} would have p under 0.05 by chance alone; p, Holm is p among so many. "
         "Noise under: a smaller difference cannot be told from none with these queries. Found "
         "from: a true difference of that size is found 4 times out of 5; for 1 point: so many "

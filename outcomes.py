@@ -81,7 +81,7 @@ def blocks_of(analysis: str, rows: list[dict]) -> list[Block]:
         Paragraph(
             "nDCG@10 in points: of the order given, and of what was made of it. Differences are "
             f"from {rows[0]['variant']}, over the same queries; p, Holm is that of the paired "
-            f"permutation test among {tests} tests. See docs/report.md."
+            f"permutation test, corrected for the tests made here ({tests}). See docs/report.md."
         )
     )
     return blocks
