@@ -26,7 +26,8 @@ def write_whole(path: str | Path, text: str) -> None:
         building.write_bytes(content)
         os.replace(building, path)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk names none
+        why = error.strerror or str(error)
+        raise OSError(error.errno, why, str(path)) from None  # a full disk names none
     finally:
         building.unlink(missing_ok=True)
 
