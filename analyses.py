@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 
 from agent import Agent
-from answers import METRICS, UNFINISHED, refuse_different
 from engine.files import read_json, refuse_foreign, write_whole
+from engine.flags import parse_settings, program
 from engine.parallel import StopSignal, processes, say, together
 from evaluate import (
     all_claimed,
@@ -30,9 +30,10 @@ from evaluate import (
     load_model,
     measure_sets,
 )
-from flags import parse_settings, program
-from outcomes import RESULT, tell
-from record import deciding_facts, default_folder
+from results.answers import METRICS, UNFINISHED, refuse_different
+from results.outcomes import RESULT, tell
+from results.record import deciding_facts, default_folder
+from results.systems import read_evaluated
 from settings import (
     AgentSettings,
     AnalysisSettings,
@@ -44,7 +45,6 @@ from sources.formats import Candidates
 from sources.load import JudgedSet, refuse_files_of_many
 from sources.registry import expand
 from sources.trec import read_run
-from systems import read_evaluated
 from tasks import TASKS, settle
 from window import PROMPTS, load_prompt
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from statistics import fmean
 
 from engine.files import write_whole
-from flags import program
+from engine.flags import program
 from pages.comparison import comparison_page
 from pages.document import Block, Heading, Paragraph, Table, as_markdown, as_text
-from paired import Paired, holm, interval, paired, probability, queries_for
-from papers import SOURCES, SUITES, TWO_TRAININGS, reported
+from results.paired import Paired, holm, interval, paired, probability, queries_for
+from results.papers import SOURCES, SUITES, TWO_TRAININGS, reported
+from results.systems import Evaluated, System, find_evaluations, gather, read_evaluated
 from sources.registry import BEIR, BRIGHT, DL
-from systems import Evaluated, System, find_evaluations, gather, read_evaluated
 
 GROUPS = {"TREC DL": ("dl", DL), "BEIR": ("beir", BEIR), "BRIGHT": ("bright", BRIGHT)}
 SAME_BM25 = 0.1  # points: BRIGHT's figures have one digit

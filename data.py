@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flags import parse_settings, program
+from engine.flags import parse_settings, program
 from reward import ndcg_at_k
 from settings import DataSettings, RunSettings, SourceSettings, UserError
 from sources.formats import Candidates, Passage, read_candidates, read_triples

@@ -25,11 +25,11 @@ import torch
 import torch.distributed as dist
 
 from agent import Agent, Answer, Known, Shown, load_agent, rank_batch, rank_windows
-from answers import UNFINISHED, begin, claimed, kept_windows
+from engine.flags import parse_settings, program
 from engine.parallel import StopSignal, is_out_of_memory, processes, say, together
-from flags import parse_settings, program
 from measure import Evaluation, Reranker, judged_queries, measure_all
-from record import deciding_facts, default_folder, full_record
+from results.answers import UNFINISHED, begin, claimed, kept_windows
+from results.record import deciding_facts, default_folder, full_record
 from settings import AgentSettings, EvaluateSettings, SourceSettings, UserError
 from sources.formats import Candidates
 from sources.load import JudgedSet, load_each, refuse_files_of_many

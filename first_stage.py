@@ -12,7 +12,7 @@ several datasets, into a folder each.
 
 from pathlib import Path
 
-from flags import parse_settings, program
+from engine.flags import parse_settings, program
 from settings import FirstStageSettings, SourceSettings, UserError
 from sources.load import load, refuse_files_of_many
 from sources.naming import folder_name

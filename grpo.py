@@ -34,6 +34,7 @@ from agent import Agent
 from batches import MicroBatch, batches_of_updates, make_optimizer, take_step, training
 from data import TrainingWindow, batch_at
 from engine.files import read_lines
+from engine.flags import parse_settings, program
 from engine.model import choose_dtype, load_policy, load_reference
 from engine.packed import Policy, response_logprobs
 from engine.parallel import (
@@ -47,7 +48,7 @@ from engine.parallel import (
 )
 from engine.run import Run, in_folder, model_card
 from engine.streams import make_unbreakable
-from flags import parse_settings, program
+from engine.watch import say_what_taught, watcher
 from held_out import (
     load_held_out,
     measure_held_out,
@@ -61,7 +62,6 @@ from settings import DryRunSettings, TrainSettings, UserError
 from sources.formats import Candidates
 from sources.trec import Qrels
 from tasks import TASKS, Task, load_task
-from watch import say_what_taught, watcher
 from window import Prompt
 
 # ---------------------------------------------------------------------------------- the formulas

@@ -16,12 +16,12 @@ import numpy as np
 from scipy.stats import pearsonr, rankdata
 
 from engine.files import read_lines, write_whole
-from flags import program
+from engine.flags import program
 from pages.document import Block, Heading, Paragraph, Table, as_text
-from paired import interval, paired
-from plots import lengths_figure
+from results.paired import interval, paired
+from results.plots import lengths_figure
+from results.systems import Evaluated, find_evaluations, read_evaluated
 from settings import UserError
-from systems import Evaluated, find_evaluations, read_evaluated
 
 BINS = 4
 NO_CAUSE = (

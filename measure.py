@@ -25,10 +25,10 @@ from ir_measures import AP, RR, R, iter_calc, nDCG
 from tqdm import tqdm
 
 from agent import Answer, Known
-from answers import METRICS, PARTS, UNFINISHED, json_line
 from engine.files import write_whole
 from engine.parallel import all_gather, balanced, if_first, together
 from pages.reader import keep_reader
+from results.answers import METRICS, PARTS, UNFINISHED, json_line
 from settings import UserError
 from sources.formats import Candidates
 from sources.trec import Qrels, write_run

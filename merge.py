@@ -11,8 +11,8 @@ import sys
 import torch
 
 from engine import lora
+from engine.flags import program
 from engine.model import load_config, load_lm
-from flags import program
 from settings import UserError
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from agent import Answer, Shown, load_agent, rank_batch
-from flags import parse_settings, program, read_setting
+from engine.flags import parse_settings, program, read_setting
 from settings import MODEL, AgentSettings, SourceSettings, UserError
 from sources.formats import Candidates, Passage
 from sources.load import load

@@ -11,7 +11,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from engine.files import write_whole
-from flags import program
+from engine.flags import program
 from pages.curves import RUNS
 from pages.reader import read_evaluation, reader_page
 from pages.run import read_run, run_page

@@ -1,7 +1,7 @@
 """Every setting of every program, each with its meaning and its range.
 
 A program's settings are one dataclass. Its fields are the flags, their defaults the programs' own;
-flags.py reads them, and refuses a number that is out of its range.
+engine/flags.py reads them, and refuses a number that is out of its range.
 """
 
 from collections.abc import Sequence

@@ -26,12 +26,12 @@ import presets
 from agent import Agent
 from batches import MicroBatch, make_optimizer, my_share, take_step, training
 from data import batch_at
+from engine.flags import parse_settings, program
 from engine.model import choose_dtype, load_policy
 from engine.packed import Policy, response_logprobs
 from engine.parallel import StopSignal, explained, processes, say, together
 from engine.run import Run, in_folder, model_card
 from engine.streams import make_unbreakable
-from flags import parse_settings, program
 from held_out import (
     load_held_out,
     measure_held_out,

@@ -16,12 +16,12 @@ import agent
 import analyses
 import lengths
 from measure import per_query
-from outcomes import all_rows, blocks_of
 from pages.document import as_text
-from plots import variants_figure
+from results.outcomes import all_rows, blocks_of
+from results.plots import variants_figure
+from results.systems import read_evaluated
 from sources.formats import read_candidates
 from sources.trec import read_qrels, read_run
-from systems import read_evaluated
 from window import PROMPTS, load_prompt
 
 PNG = b"\x89PNG"

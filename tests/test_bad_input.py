@@ -19,9 +19,9 @@ from tokenizers import AddedToken, normalizers
 import toy
 from agent import encode_window
 from engine.chat import decode_response, encode_chat, reply_opening
+from engine.flags import read_settings
 from engine.model import load_lm
 from engine.sampler import Sample
-from flags import read_settings
 from reward import listwise_reward, ndcg_at_k
 from settings import UserError
 from setwise import exact_reward, parse_choice

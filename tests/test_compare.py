@@ -14,7 +14,7 @@ from scipy import stats
 import compare
 import evaluate
 from pages.document import Heading, Paragraph, Table, as_markdown, as_text
-from papers import SOURCES, SUITES, reported
+from results.papers import SOURCES, SUITES, reported
 from sources.registry import DATASETS
 
 

@@ -17,11 +17,11 @@ import pytest
 import pytrec_eval
 import torch
 
-import answers
 import evaluate
 from agent import Answer, load_agent, rank_batch
+from engine.flags import read_settings
 from engine.sampler import Sampler
-from flags import read_settings
+from results import answers
 from settings import AgentSettings, UserError
 from sources import formats, trec
 from window import LISTWISE_PROMPT

@@ -9,12 +9,12 @@ import analyses
 import data
 import evaluate
 import first_stage
-import flags
 import grpo
 import rearank
 import settings
 import sft
 from agent import load_agent
+from engine import flags
 from presets import PRESETS
 from settings import TrainSettings, UserError
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from paired import holm, paired, queries_for
+from results.paired import holm, paired, queries_for
 
 
 def sample(n: int, seed: int = 0, mean: float = 2.0) -> list[float]:

@@ -19,7 +19,7 @@ from agent import Shown, load_agent, rank_batch
 from engine.provenance import hash_model
 from engine.sampler import Sampler
 from measure import mean, per_query
-from record import default_folder
+from results.record import default_folder
 from reward import ndcg_at_k
 from settings import AgentSettings, EvaluateSettings, SourceSettings
 from sources.formats import Candidates, Passage, read_candidates, write_candidates

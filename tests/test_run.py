@@ -15,9 +15,9 @@ from test_grpo import metrics, quick
 import grpo
 import measure
 from engine import folder
+from engine.watch import say_what_taught, watcher
 from settings import TrainSettings, UserError
 from tasks import TASKS
-from watch import say_what_taught, watcher
 
 ROOT = Path(__file__).parents[1]
 

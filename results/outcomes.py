@@ -6,9 +6,9 @@ from statistics import fmean
 
 from engine.files import write_whole
 from pages.document import Block, Heading, Paragraph, Table, as_text
-from paired import Paired, holm, interval, paired, probability
-from plots import variants_figure
-from systems import Evaluated
+from results.paired import Paired, holm, interval, paired, probability
+from results.plots import variants_figure
+from results.systems import Evaluated
 
 RESULT, FIGURE = "analysis.json", "analysis.png"
 Found = dict[str, list[Evaluated]]  # by variant: of each dataset, in the same order

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from string import ascii_uppercase
 
-from answers import METRICS, UNFINISHED
 from engine.files import read_json, read_lines
-from record import CHANGE_NO_ANSWER
+from results.answers import METRICS, UNFINISHED
+from results.record import CHANGE_NO_ANSWER
 from settings import SourceSettings, UserError
 
 MEASURE = "ndcg@10"

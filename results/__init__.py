@@ -1,0 +1,1 @@
+"""What evaluations leave behind, and what is told from it: tables, tests, figures."""
