@@ -146,12 +146,12 @@ def print_table(lines: list[dict]) -> None:
             both = [rows[s]["ndcg@10"] - others[s]["ndcg@10"] for s in rows if s in others]
             return interval(both) if both and others is not rows else ""
 
-        shares = " ".join(f"{row['well_formed']:.3f}" for row in rows.values())
-        print(
-            f"| {variant} | {len(rows)} | {interval([r['ndcg@10'] for r in rows.values()])} | "
-            f"{less('before')} | {less('relative')} | {shares} | "
-            f"{fmean(r['tokens'] for r in rows.values()):.1f} |"
-        )
+        figures = [
+            *(interval([r["ndcg@10"] for r in rows.values()]), less("before"), less("relative")),
+            f"{fmean(r['well_formed'] for r in rows.values()):.3f}",
+            f"{fmean(r['tokens'] for r in rows.values()):.1f}",
+        ]
+        print(f"| {variant} | {len(rows)} | {' | '.join(figures)} |")
 
 
 def main() -> None:
