@@ -3,7 +3,7 @@ model and against prefix_grouper, the peer with the same idea.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/step_cpu.py                  # P=1536 G=8 C=160, as a table
-    python benchmarks/step_cpu.py --group 8 32     # and G=32
+    python benchmarks/step_cpu.py --group 8 32 --sides ours prefix_grouper
     python benchmarks/step_cpu.py --curve          # G = 2 to 32 at P=768 C=96: curve.png too
 
 All sides: the same Qwen2 from disk (6 layers, 512 wide, 8 heads over 2 key heads, float32, about
@@ -338,12 +338,12 @@ def print_machine() -> None:
           + ", ".join(versions))  # fmt: skip
 
 
-def compare(prompt: int, group: int, length: int, repeats: int) -> None:
+def compare(prompt: int, group: int, length: int, repeats: int, sides: list[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(folder, prompt)
         print(f"P={prompt} G={group} C={length}")
-        got = {side: run_side(side, folder, group, length, repeats) for side in SIDES}
+        got = {side: run_side(side, folder, group, length, repeats) for side in sides}
         least = floors(folder, prompt, group, length)
     mine = got["ours"] | {"sample": got["ours"]["step"] - got["ours"]["update"]}
     print("| side | step s | x | update s | x | memory MB | x |")
@@ -400,6 +400,7 @@ def main() -> None:
     parser.add_argument("--curve", action="store_true", help="step time and memory over G")
     parser.add_argument("--prompt", type=int, help="tokens of the prompt (P)")
     parser.add_argument("--group", type=int, nargs="+", default=[8], help="responses (G)")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--length", type=int, help="tokens of each response (C)")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
@@ -412,7 +413,7 @@ def main() -> None:
         curve(args.prompt or 768, args.length or 96, args.repeats)
     else:
         for group in args.group:
-            compare(args.prompt or 1536, group, args.length or 160, args.repeats)
+            compare(args.prompt or 1536, group, args.length or 160, args.repeats, args.sides)
 
 
 if __name__ == "__main__":
