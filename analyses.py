@@ -30,9 +30,8 @@ from evaluate import (
     load_model,
     measure_sets,
 )
-from results.answers import METRICS, UNFINISHED, refuse_different
 from results.outcomes import RESULT, tell
-from results.record import deciding_facts, default_folder
+from results.record import default_folder
 from results.systems import read_evaluated
 from settings import (
     AgentSettings,
@@ -162,22 +161,8 @@ def measure_variant(bench: Bench, variant: Variant) -> None:
 
     sets, folders = from_first(ordered), bench.folders(variant)
     with all_claimed(folders):
-        if from_first(lambda: is_done(sets, folders, bench, variant)):
-            say(f"{variant.name}: done before")
-        else:
-            say(f"{variant.name}:")
-            measure_sets(sets, folders, bench.sources, bench.evaluate, variant.agent, load)
-
-
-def is_done(sets: list[JudgedSet], folders: list[Path], bench: Bench, variant: Variant) -> bool:
-    """UserError where it was done of something else."""
-    if any(not (f / METRICS).exists() or (f / UNFINISHED).exists() for f in folders):
-        return False
-    served = bench.agent.endpoint.served if bench.agent and bench.agent.endpoint else None
-    for judged, folder in zip(sets, folders):
-        facts = deciding_facts(judged, bench.evaluate.reranker, variant.agent, served)
-        refuse_different(facts, folder / METRICS, "a finished evaluation")
-    return True
+        say(f"{variant.name}:")
+        measure_sets(sets, folders, bench.sources, bench.evaluate, variant.agent, load)
 
 
 def analyse(

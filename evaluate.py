@@ -28,7 +28,7 @@ from agent import Agent, Answer, Known, Shown, load_agent, rank_batch, rank_wind
 from engine.flags import parse_settings, program
 from engine.parallel import StopSignal, is_out_of_memory, processes, say, together
 from measure import Evaluation, Reranker, judged_queries, measure_all
-from results.answers import UNFINISHED, begin, claimed, kept_windows
+from results.answers import UNFINISHED, begin, claimed, finished, kept_windows
 from results.record import deciding_facts, default_folder, full_record
 from settings import AgentSettings, EvaluateSettings, SourceSettings, UserError
 from sources.formats import Candidates
@@ -172,6 +172,7 @@ def measure_sets(
     load: Callable[[], Agent],
 ) -> list[dict]:
     """Begin the evaluations of the datasets, or go on with them, each in its folder: the metrics.
+    Of those that are finished, the metrics as they are.
 
     load: gives the agent; called where a model answers.
     """
@@ -182,14 +183,17 @@ def measure_sets(
         for s, folder in zip(sets, folders)
     ]
 
-    def begin_all(served: dict | None) -> list[Evaluation]:
+    def begin_all(served: dict | None) -> list[tuple[Evaluation, dict | None]]:
         settled = settle(agent_settings) if settings.reranker == "model" else agent_settings
         begun = []
         for evaluation, judged in zip(evaluations, sets):
             facts = deciding_facts(judged, settings.reranker, settled, served)
-            about = full_record(facts, sources, settings, settled, served)
-            known = begin(evaluation.output_dir, facts)
-            begun.append(replace(evaluation, known=known, about=about))
+            before = finished(evaluation.output_dir, facts)
+            if before is None:
+                about = full_record(facts, sources, settings, settled, served)
+                known = begin(evaluation.output_dir, facts)
+                evaluation = replace(evaluation, known=known, about=about)
+            begun.append((evaluation, before))
         return begun
 
     agent = together(lambda: load() if settings.reranker == "model" else None)
@@ -198,7 +202,13 @@ def measure_sets(
     task = agent.task if agent else TASKS[agent_settings.task]
     ranker = partial(task.ranker, settings=agent_settings)
     asks = settings.reranker != "none"
-    return measure_all(from_first(lambda: begin_all(served)), rerank, ranker if asks else None)
+    begun = from_first(lambda: begin_all(served))
+    left = [evaluation for evaluation, before in begun if before is None]
+    if len(left) < len(begun):
+        done = [str(e.output_dir) for e, before in begun if before is not None]
+        say(f"nothing is left to do in {', '.join(done)}: without the folder it is measured anew")
+    measured = iter(measure_all(left, rerank, ranker if asks else None) if left else [])
+    return [next(measured) if before is None else before for _, before in begun]
 
 
 def evaluate(

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from agent import Answer
-from engine.files import locked, refuse_foreign, write_whole
+from engine.files import locked, read_json, refuse_foreign, write_whole
 from settings import UserError
 
 PARTS, UNFINISHED, METRICS = "windows.part*.jsonl", "unfinished.json", "metrics.json"
@@ -33,6 +33,16 @@ def claimed(output_dir: Path) -> Iterator[None]:
         yield
 
 
+def finished(output_dir: Path, facts: dict) -> dict | None:
+    """The metrics of the evaluation that output_dir holds, None where it holds none that is
+    finished. UserError where that is another one; facts: as for `begin`."""
+    path = output_dir / METRICS
+    if not path.exists() or (output_dir / UNFINISHED).exists():
+        return None
+    refuse_different(facts, path, "a finished evaluation")
+    return read_json(path)
+
+
 def begin(output_dir: Path, facts: dict) -> dict[tuple[str, int], Answer]:
     """Begin an evaluation, or go on with the unfinished one in output_dir: its answers.
     UserError where that is another one.
@@ -45,8 +55,6 @@ def begin(output_dir: Path, facts: dict) -> dict[tuple[str, int], Answer]:
         refuse_different(facts, unfinished, f"{len(known)} windows of an unfinished evaluation")
         print(f"going on: {len(known)} windows are on disk")
         return known
-    if (output_dir / METRICS).exists():
-        refuse_different(facts, output_dir / METRICS, "a finished evaluation")
     for part in output_dir.glob(PARTS):
         part.unlink()
     write_whole(unfinished, json.dumps(facts, indent=2) + "\n")

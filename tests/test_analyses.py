@@ -69,7 +69,7 @@ def test_windows_of_the_oracle_on_dl19(monkeypatch, capsys, tmp_path, dl19):
     assert f"{fmean(gains):+.2f} {low:+.2f} to {high:+.2f} <.001" in " ".join(said.split())
     assert (tmp_path / "analysis.png").read_bytes().startswith(PNG)
     run(monkeypatch, analyses, *flags)
-    assert capsys.readouterr().out.count("done before") == 2 and rows_of(tmp_path) == rows
+    assert capsys.readouterr().out.count("nothing is left to do") == 2 and rows_of(tmp_path) == rows
 
 
 def test_orders_are_those_that_are_named(monkeypatch, tmp_path, small):
@@ -113,7 +113,7 @@ def test_passes_go_on_where_they_died(monkeypatch, capsys, tmp_path, flags, coun
     asked = count_asked(monkeypatch)
     run(monkeypatch, analyses, *again)
     said = capsys.readouterr().out
-    assert "pass 1: done before" in said and "windows are on disk" in said
+    assert "pass 1:\nnothing is left to do" in said and "windows are on disk" in said
     assert 0 < len(asked) < 24
     for name in ("pass-1", "pass-2"):
         for file in ("run.txt", "windows.jsonl", "per_query.jsonl"):

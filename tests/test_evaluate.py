@@ -399,17 +399,21 @@ def test_a_damaged_line_is_named(monkeypatch, flags, unfinished, damage):
     assert not (unfinished / "metrics.json").exists()
 
 
-def test_a_finished_evaluation_runs_anew(monkeypatch, flags, whole, unfinished):
+def test_of_a_finished_evaluation_nothing_is_left_to_do(
+    monkeypatch, capsys, flags, whole, unfinished
+):
     whole()  # made before anything is counted
     run(monkeypatch, *flags, "--output_dir", unfinished)
-    asked = count_asked(monkeypatch)
+    asked, before = count_asked(monkeypatch), contents(unfinished)
+    capsys.readouterr()
     run(monkeypatch, *flags, "--output_dir", unfinished)
-    assert len(asked) == 24
+    said = capsys.readouterr().out
+    assert f"nothing is left to do in {unfinished}" in said and "ndcg@10" in said
+    assert not asked and contents(unfinished) == before
     check_same(unfinished, whole())
-    before = contents(unfinished)
     with pytest.raises(SystemExit, match="a finished evaluation with another candidates, temper"):
         run(monkeypatch, *flags, "--output_dir", unfinished, "--top_k", 4, "--temperature", 1.0)
-    assert len(asked) == 24 and contents(unfinished) == before
+    assert not asked and contents(unfinished) == before
 
 
 def test_what_answered_nothing_holds_up_nothing(monkeypatch, flags, whole, tmp_path):
