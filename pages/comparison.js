@@ -1,7 +1,6 @@
 // The page of a comparison: its table of queries. A row opens to what each system gained.
 
 function comparisonPage() {
-  const short = (text) => (text.length > 90 ? `${text.slice(0, 87)}...` : text);
   const there = (row) => row.values.filter((value) => value !== null);
   const spread = (row) => Math.max(...there(row)) - Math.min(...there(row));
   const figure = (value) => (value === null ? "\u2013" : fixed(value, 1));

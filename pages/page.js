@@ -21,6 +21,7 @@ const svg = (name, attributes = {}, ...children) =>
 const minus = (text) => text.replace("-", "\u2212");
 const fixed = (value, digits = 3) => minus(value.toFixed(digits));
 const signed = (value, digits = 3) => (value > 0 ? "+" : "") + fixed(value, digits);
+const short = (text) => (text.length > 90 ? `${text.slice(0, 87)}...` : text); // in a list
 
 function grade(value) {
   if (value === null) return el("span", { class: "grade", title: "not judged" }, "\u2013");

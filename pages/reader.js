@@ -86,7 +86,8 @@ function queryView(query, whole) {
     : ["first stage", data.names[0]];
   const [before, after] = query.ndcg;
   const parts = [
-    el("h2", {}, query.query),
+    el("h2", {}, short(query.query)),
+    short(query.query) === query.query ? null : el("p", { class: "whole" }, query.query),
     el("p", { class: "note" }, `query ${query.qid}. nDCG@10 ${fixed(before)} (${titles[0]}) \u2192 `,
       `${fixed(after)} (${titles[1]}): `, gain(after - before),
       `. ${query.relevant} passages are judged above 0`, query.docs.length
@@ -134,7 +135,7 @@ function readerPage() {
   const widest = Math.max(...data.queries.map((row) => Math.abs(difference(row))), 1e-9);
   const columns = [
     { name: "query", title: "Query", value: (row) => row.query, show: (row) =>
-      [row.query, " ", row.flags ? el("strong", { class: "flag",
+      [short(row.query), " ", row.flags ? el("strong", { class: "flag",
         title: "windows that are malformed, cut off or too long" }, String(row.flags)) : null] },
     ...[0, 1].map((i) => ({ name: ["before", "after"][i], number: true, value: (row) => row.ndcg[i],
       title: (compare ? "AB" : ["First", "Final"])[i], show: (row) => fixed(row.ndcg[i]) })),

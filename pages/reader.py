@@ -56,12 +56,16 @@ def query_records(
                 {
                     "docid": p.docid,
                     "grade": grade_of.get(p.docid),
-                    "text": " ".join(p.text.split())[:length],
+                    "text": cut(" ".join(p.text.split()), length),
                 }
                 for p in before.passages
             ],
             "final": [p.docid for p in after.passages],
         }
+
+
+def cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[:length] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def keep_reader(

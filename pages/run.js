@@ -14,7 +14,7 @@ function runPage() {
   const rows = data.groups.flatMap((group) => group.responses.map((one) => ({ ...one, group })));
   rows.forEach((row, place) => { row.place = place; });
   const columns = [
-    { name: "query", title: "Query", value: (row) => row.group.query, show: (row) => row.group.query },
+    { name: "query", title: "Query", value: (row) => row.group.query, show: (row) => short(row.group.query) },
     { name: "step", title: "Step", number: true, value: (row) => row.group.step,
       show: (row) => String(row.group.step) },
     { name: "group", title: "Group", value: (row) => row.group.chosen, show: (row) => row.group.chosen },
@@ -38,6 +38,7 @@ function runPage() {
     if (same) return;
     tr.after(el("tr", { class: "detail" }, el("td", { colspan: columns.length },
       el("p", { class: "note" }, `query ${row.group.qid}, step ${row.group.step}`),
+      el("p", { class: "whole" }, row.group.query),
       strip(row.group, row.reward),
       windowView(row.group.passages, row.malformed ? null : row.order, row.response))));
     tr.scrollIntoView({ block: "nearest" });

@@ -40,6 +40,8 @@ clip_fraction   | Clip share | tokens whose ratio is outside 1 \N{PLUS-MINUS SIG
 grad_norm       | Gradient norm | before it is clipped
 length          | Response length | tokens, mean
 loss            | Loss | minus the objective
+mismatch        | Mismatch | of update and sampling, nats a token
+mismatch_max    | Mismatch, greatest | of one token, nats
 """,
     "What teaches nothing": """
 equal_groups    | Equal groups | share of groups with equal rewards

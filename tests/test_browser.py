@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from page_data import HOSTILE, fake_evaluation, fake_run
+from page_data import HOSTILE, fake_evaluation, fake_run, write_lines
 from test_compare import fake
 
 import compare
 from engine.files import read_lines
-from pages import reader, run
+from pages import curves, reader, run
 
 pytest.importorskip("selenium", reason="selenium is not installed")
 from selenium import webdriver
@@ -318,6 +318,61 @@ def test_hostile_text_is_text(browser, tmp_path, kind):
         assert not browser.all("img, iframe, [onmouseover], script[src], a[href^=javascript]")
     shown = browser.js("return document.body.innerText")
     assert sum(text.split()[0] in shown for text in HOSTILE) >= 3
+
+
+# Of all texts that stand there, those whose colour is too near to what lies under them.
+FAINT = """
+    const parts = (color) => color.match(/[\\d.]+/g).map(Number);
+    const light = (color) => parts(color).slice(0, 3).map((part) => part / 255)
+        .map((part) => part > 0.04 ? ((part + 0.055) / 1.055) ** 2.4 : part / 12.92)
+        .reduce((sum, part, i) => sum + part * [0.2126, 0.7152, 0.0722][i], 0);
+    const under = (node) => {
+        const color = getComputedStyle(node).backgroundColor;
+        return parts(color)[3] === 0 ? under(node.parentElement) : color;
+    };
+    const contrast = (node) => {
+        const both = [getComputedStyle(node).color, under(node)].map(light);
+        return (Math.max(...both) + 0.05) / (Math.min(...both) + 0.05);
+    };
+    return [...document.querySelectorAll("body *")].filter((node) => node.checkVisibility() &&
+        [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim()) &&
+        !node.closest("figure svg, script") && contrast(node) < 4.5).map((one) => one.outerHTML)"""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_every_text_stands_out(browser, tmp_path, run_page, reader_page, dark):
+    folders = [fake_run(tmp_path / str(i), steps=3, seed=i) for i in range(curves.RUNS)]
+    runs = write(tmp_path, run.run_page([run.read_run(folder) for folder in folders]))
+    for page in (run_page, runs, reader_page):
+        browser.open(page, dark=dark)
+        browser.one("button.open").click()
+        browser.js(
+            "document.querySelectorAll('[data-i], [data-doc]').forEach((one) => { "
+            "one.classList.add('lit'); })"
+        )
+        assert browser.js(FAINT) == []
+
+
+def test_a_query_as_long_as_a_letter_is_short_in_lists_and_whole_below(browser, tmp_path):
+    letter = "Why does the tide come twice a day?\n" + "It puzzles me. " * 200
+    evaluation, training = fake_evaluation(tmp_path / "a"), fake_run(tmp_path / "b", steps=2)
+    for file in (evaluation / "queries.jsonl", training / "responses.jsonl"):
+        write_lines(file, [record | {"query": letter} for record in read_lines(file)])
+    pages = [
+        write(evaluation, reader.reader_page([reader.read_evaluation(evaluation)])),
+        write(training, run.run_page([run.read_run(training)])),
+    ]
+    for page in pages:
+        browser.open(page)
+        browser.one("button.open").click()
+        assert browser.one("tr.row").size["height"] < 100
+        assert browser.texts(".whole") == [letter]
+
+
+def test_on_paper_a_response_has_the_wider_column(browser, reader_page):
+    browser.open(reader_page, width=720, media="print")
+    sizes = [browser.one(f".window {part}").size["width"] for part in (".passages", ".response")]
+    assert sizes[0] < sizes[1]
 
 
 @pytest.mark.parametrize("kind", ["run", "reader"])
