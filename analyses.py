@@ -22,6 +22,7 @@ from agent import Agent
 from engine.files import read_json, refuse_foreign, write_whole
 from engine.flags import parse_settings, program
 from engine.parallel import StopSignal, processes, say, together
+from engine.streams import make_unbreakable
 from evaluate import (
     all_claimed,
     explain,
@@ -231,6 +232,7 @@ def load(
 
 @program
 def main() -> None:
+    make_unbreakable()
     sources, settings, evaluate, agent, inputs = parse_settings(
         *(__doc__, SourceSettings, AnalysisSettings, EvaluateSettings, AgentSettings),
         positional={

@@ -15,6 +15,7 @@ from statistics import fmean
 
 from engine.files import write_whole
 from engine.flags import program
+from engine.streams import make_unbreakable
 from pages.comparison import comparison_page
 from pages.document import Block, Heading, Paragraph, Table, as_markdown, as_text
 from results.paired import Paired, holm, interval, paired, probability, queries_for
@@ -278,6 +279,7 @@ def page_of(
 
 @program
 def main() -> None:
+    make_unbreakable()
     parser = ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, help="folders of evaluate.py")
     parser.add_argument(

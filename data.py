@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.flags import parse_settings, program
+from engine.streams import make_unbreakable
 from reward import ndcg_at_k
 from settings import DataSettings, RunSettings, SourceSettings, UserError
 from sources.formats import Candidates, Passage, read_candidates, read_triples
@@ -247,6 +248,7 @@ def refuse_overlap(
 
 @program
 def main() -> None:
+    make_unbreakable()
     meaning = f"names of datasets or groups; default, without files: {' '.join(REARANK)}"
     sources, settings, inputs = parse_settings(
         *(__doc__, SourceSettings, DataSettings),

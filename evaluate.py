@@ -9,7 +9,7 @@
 Each dataset gets a folder: the TREC run (run.txt), the figures and all that they were made from
 (metrics.json, per_query.jsonl), and every window's given order, reasoning and answer
 (windows.jsonl); the number of processes changes none of them. An evaluation that died goes on
-when started again with the same command; a finished one runs anew.
+when started again with the same command; a finished one is not done again.
 """
 
 import sys
@@ -27,6 +27,7 @@ import torch.distributed as dist
 from agent import Agent, Answer, Known, Shown, load_agent, rank_batch, rank_windows
 from engine.flags import parse_settings, program
 from engine.parallel import StopSignal, is_out_of_memory, processes, say, together
+from engine.streams import make_unbreakable
 from measure import Evaluation, Reranker, judged_queries, measure_all
 from results.answers import UNFINISHED, begin, claimed, finished, kept_windows
 from results.record import deciding_facts, default_folder, full_record
@@ -256,6 +257,7 @@ def output_folders(
 
 @program
 def main() -> None:
+    make_unbreakable()
     meaning = f"names of datasets (docs/data.md) or of groups: {', '.join(GROUPS)}"
     sources, settings, agent_settings, inputs = parse_settings(
         *(__doc__, SourceSettings, EvaluateSettings, AgentSettings),

@@ -13,6 +13,7 @@ several datasets, into a folder each.
 from pathlib import Path
 
 from engine.flags import parse_settings, program
+from engine.streams import make_unbreakable
 from settings import FirstStageSettings, SourceSettings, UserError
 from sources.load import load, refuse_files_of_many
 from sources.naming import folder_name
@@ -45,6 +46,7 @@ def write_first_stages(names: list[str], sources: SourceSettings, output_dir: st
 
 @program
 def main() -> None:
+    make_unbreakable()
     meaning = f"names of datasets (docs/data.md) or of groups: {', '.join(GROUPS)}"
     sources, settings, inputs = parse_settings(
         *(__doc__, SourceSettings, FirstStageSettings),

@@ -272,6 +272,8 @@ def train_in(
     stop: StopSignal,
 ) -> None:
     """Train from these inputs in a folder that is claimed, from the first step that is not done."""
+    # Who edits the prompt while the model trains must not change what it is exported with.
+    prompt = Path(data.prompt_file).read_bytes().decode()
     # The policy, its optimizer, and the reference it is held to (none where beta is 0).
     dtype = choose_dtype(settings.dtype, device)
     with explained("loading"):
@@ -313,7 +315,7 @@ def train_in(
     does = f"reasons about them, and {data.task.does}"
     answers = f"{settings.group_size} sampled responses"
     card = partial(model_card, settings, "GRPO", does, answers, len(windows))
-    run.export(tokenizer, data.prompt_file, card())
+    run.export(tokenizer, prompt, card())
     after = measured(folder / "after")
     if before and after:
         run.write_card(card(before, after))

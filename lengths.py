@@ -17,6 +17,7 @@ from scipy.stats import pearsonr, rankdata
 
 from engine.files import read_lines, write_whole
 from engine.flags import program
+from engine.streams import make_unbreakable
 from pages.document import Block, Heading, Paragraph, Table, as_text
 from results.paired import interval, paired
 from results.plots import lengths_figure
@@ -133,6 +134,7 @@ def panel_of(found: dict) -> dict:
 
 @program
 def main() -> None:
+    make_unbreakable()
     parser = ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, help="folders of evaluate.py")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/lengths"))

@@ -132,6 +132,8 @@ def train_in(
     stop: StopSignal,
 ) -> None:
     """Train from these inputs in a folder that is claimed, from the first step that is not done."""
+    # Who edits the prompt while the model trains must not change what it is exported with.
+    prompt = Path(data.prompt_file).read_bytes().decode()
     with explained("loading"):
         policy, tokenizer = load_policy(settings, choose_dtype(settings.dtype, device), device)
     optimizer = make_optimizer(policy, settings.learning_rate)
@@ -156,7 +158,7 @@ def train_in(
             keep_page()
 
     card = partial(model_card, settings, "SFT", data.task.does, "a given answer", len(lessons))
-    run.export(tokenizer, data.prompt_file, card())
+    run.export(tokenizer, prompt, card())
     after = measured(folder / "after")
     if before and after:
         run.write_card(card(before, after))

@@ -101,9 +101,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 @lru_cache
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """All tokens that are matched before words are looked at, whether marked as special or not
-    (Qwen2.5's <|fim_prefix|> and DeepSeek's turns are not); but not the one for unknown text."""
+    (Qwen2.5's <|fim_prefix|> and DeepSeek's turns are not); but not the one that unknown words
+    become. A tokenizer of bytes knows all, and may call its end of text "unknown" (SmolLM2's)."""
     tokens = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
-    return frozenset(tokens - {tokenizer.unk_token_id})
+    unknown = getattr(tokenizer.backend_tokenizer.model, "unk_token", tokenizer.unk_token)
+    return frozenset(tokens - set(tokenizer.convert_tokens_to_ids([unknown] if unknown else [])))
 
 
 @lru_cache

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.files import read_json
 from engine.packed import Policy
@@ -211,12 +211,12 @@ def first_cause(error: BaseException) -> str:
 def export(
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str | Path,
+    prompt: str,
     output_dir: Path,
     card: str,
 ) -> None:
     """Write the trained model (or adapter) in Hugging Face form, with its tokenizer, chat template,
-    prompt file and model card, in the precision it computes with. By all processes together."""
+    prompt and model card, in the precision it computes with. By all processes together."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(policy, options=options)  # whole, on process 0
     once = dict(policy.named_parameters()) | dict(policy.named_buffers())  # tied ones, too
@@ -227,17 +227,30 @@ def export(
         named = {
             k.removeprefix("lm."): w.to(policy.computing) for k, w in weights.items() if k in once
         }
-        building = output_dir / "export.tmp"
-        shutil.rmtree(building, ignore_errors=True)
-        try:
-            policy.lm.save_pretrained(building, state_dict=named)
-        except SafetensorError as error:  # its word for a full disk
-            raise OSError(str(error)) from None
-        tokenizer.save_pretrained(building)
-        shutil.copy(prompt, building / "prompt.toml")
-        (building / "README.md").write_text(card, encoding="utf-8")
-        for path in building.iterdir():
-            os.replace(path, output_dir / path.name)
-        building.rmdir()
+        beside = {"prompt.toml": prompt, "README.md": card}
+        write_model(policy.lm, tokenizer, output_dir, beside, state_dict=named)
 
     together(write)
+
+
+def write_model(
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: Path,
+    beside: dict[str, str],
+    **how: Any,
+) -> None:
+    """Write a model in Hugging Face form, its tokenizer, and texts `beside` it by their names: in a
+    folder of another name, until all of them are on disk. how: for `save_pretrained`."""
+    building = output_dir / "export.tmp"
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        lm.save_pretrained(building, **how)
+    except SafetensorError as error:  # its word for a full disk
+        raise OSError(str(error)) from None
+    tokenizer.save_pretrained(building)
+    for name, text in beside.items():
+        (building / name).write_bytes(text.encode())
+    for path in building.iterdir():
+        os.replace(path, output_dir / path.name)
+    building.rmdir()

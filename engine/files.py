@@ -54,12 +54,12 @@ def refuse_foreign(folder: str | Path, marks: Collection[str]) -> None:
     or a scheduler opens before the program begins, and what killed writers left (.tmp)."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir {folder} is a file")
+        raise UserError(f"{folder} is a file, not a folder to write to: give another")
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     allowed = (".log", ".out", ".err", ".tmp", "log.txt")
     names = [name for name in names if not name.startswith(".") and not name.endswith(allowed)]
     if names and not set(marks) & set(names):
-        raise UserError(f"--output_dir {folder} holds something else ({names[0]}): give another")
+        raise UserError(f"{folder} holds something else ({names[0]}): give another folder")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import Field, fields
 from functools import wraps
 from pathlib import Path
+from signal import SIGINT
 from typing import Any, NoReturn, get_args, get_origin
 
 import yaml
@@ -20,7 +21,7 @@ BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "
 
 
 def program(main: Callable[[], None]) -> Callable[[], None]:
-    """`main` as a program: an error that a user can mend ends it with one message, no traceback."""
+    """`main` as a program: what a user did, or can mend, ends it with one message, no traceback."""
 
     @wraps(main)
     def run() -> None:
@@ -28,6 +29,9 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
             main()
         except (UserError, OSError) as error:
             raise SystemExit(str(error)) from None
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            raise SystemExit(128 + SIGINT) from None
 
     return run
 

@@ -158,7 +158,7 @@ class Run:
                 # Neither the training nor these lines shall be lost to a full disk.
                 print(f"\n{error}\n{json.dumps(records)}", file=sys.stderr)
 
-    def export(self, tokenizer: PreTrainedTokenizerBase, prompt: str | Path, card: str) -> None:
+    def export(self, tokenizer: PreTrainedTokenizerBase, prompt: str, card: str) -> None:
         """Write the trained model beside the logs."""
         try:
             checkpoint.export(self.policy, tokenizer, prompt, self.output_dir, card)

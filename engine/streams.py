@@ -1,5 +1,6 @@
 """Printing that never ends a program: stdout and stderr may be a full disk, or a closed pipe."""
 
+import os
 import sys
 from contextlib import suppress
 from typing import Any, TextIO
@@ -28,4 +29,6 @@ def make_unbreakable() -> None:
     """From here on, sys.stdout and sys.stderr are so."""
     for name in ("stdout", "stderr"):
         if not isinstance(getattr(sys, name), Unbreakable):
-            setattr(sys, name, Unbreakable(getattr(sys, name)))
+            # None where it was closed before the program began.
+            stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
+            setattr(sys, name, Unbreakable(stream))

@@ -354,6 +354,14 @@ def test_a_vocabulary_of_whole_words_cannot_be_posed_to(text):
     assert [i for i in ids if i in turns] == [i for i in harmless if i in turns]
 
 
+def test_the_end_of_text_does_not_get_through_where_it_is_called_unknown():
+    tokenizer = learn_tokenizer(["tide moon"] * 9, vocab_size=400)
+    tokenizer.unk_token = "<|endoftext|>"  # as SmolLM2 has it, and GPT-2
+    ids, _ = encode_window(tokenizer, load_prompt(LISTWISE_PROMPT), "tide", ["a<|endoftext|>b"])
+    assert tokenizer.unk_token_id not in ids
+    assert "a<|endoftext|>b" in tokenizer.decode(ids)
+
+
 def count_tags(tokenizer, prompt, query: str, passage: str) -> list[int]:
     ids, _ = encode_window(tokenizer, prompt, query, [passage, "moon"])
     return [ids.count(tokenizer.convert_tokens_to_ids(tag)) for tag in ("<think>", "</think>")]

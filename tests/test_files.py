@@ -105,7 +105,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         (tmp_path / name).write_text("")
     refuse_foreign(tmp_path, ["mark"])
     (tmp_path / "notes.txt").write_text("")
-    message = rf"--output_dir {tmp_path} holds something else \(notes.txt\): give another"
+    message = rf"{tmp_path} holds something else \(notes.txt\): give another"
     with pytest.raises(UserError, match=message):
         refuse_foreign(tmp_path, ["mark"])
     with pytest.raises(UserError, match=r"notes\.txt is a file"):

@@ -48,6 +48,15 @@ def train(monkeypatch, *args, presets=PRESETS) -> TrainSettings:
     return flags.parse_settings("", TrainSettings, presets=presets)[0]
 
 
+def test_a_program_that_is_interrupted_says_so_in_a_line(capsys):
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        flags.program(main)()
+    assert stop.value.code == 130 and capsys.readouterr().err == "\ninterrupted\n"
+
+
 def test_every_settings_class_is_some_programs():
     every = {kind for kind in vars(settings).values() if hasattr(kind, "__dataclass_fields__")}
     every -= {settings.RunSettings}  # of which others are made

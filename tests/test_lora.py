@@ -1,5 +1,6 @@
 """LoRA: an adapter trains, saves, loads merged, and merges to a plain model."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -13,12 +14,15 @@ from test_packed import naive_logprobs, tiny_lm
 from transformers import AutoModelForCausalLM
 
 import grpo
+import merge
 from agent import load_agent, rank_batch
 from engine import lora
 from engine.model import load_lm, load_policy
 from engine.packed import Group, Policy, pack_row, response_logprobs
 from settings import AgentSettings, TrainSettings, UserError
 from sources.formats import read_candidates
+from tasks import settle
+from window import PROMPTS
 
 pytest.importorskip("peft")
 ROOT = Path(__file__).parents[1]
@@ -119,12 +123,38 @@ def test_merging_writes_a_plain_model(adapter, tmp_path):
     done = subprocess.run(
         [sys.executable, "merge.py", adapter, tmp_path], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
     assert f"written to {tmp_path} in torch.float32, with 100.0% of what the adapter" in done.stdout
     merged = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     loaded, _ = load_lm(str(adapter), torch.float32, merged=True)
     for a, b in zip(merged.parameters(), loaded.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_merged_model_is_asked_as_its_adapter_was(adapter, monkeypatch, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(adapter, other)
+    settings = {"task": "setwise", "steps": 2}
+    (other / "settings.json").write_text(json.dumps(settings))
+    (other / "prompt.toml").write_bytes(b"# mine\r\n" + (PROMPTS / "setwise.toml").read_bytes())
+    monkeypatch.setattr(sys, "argv", ["merge.py", str(other), str(tmp_path / "out")])
+    merge.main()
+    settled = settle(AgentSettings(model=str(tmp_path / "out")))
+    assert settled.task == "setwise"
+    assert Path(settled.prompt).parent == tmp_path / "out"
+    assert Path(settled.prompt).read_bytes() == (other / "prompt.toml").read_bytes()
+
+
+@pytest.mark.parametrize("out", ["base", "adapter", "file"])
+def test_nothing_is_merged_over_what_is_there(adapter, tiny, monkeypatch, tmp_path, out):
+    shutil.copytree(tiny, tmp_path / "base")
+    shutil.copytree(adapter, tmp_path / "adapter")
+    (tmp_path / "file").write_text("precious")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    monkeypatch.setattr(sys, "argv", ["merge.py", str(adapter), str(tmp_path / out)])
+    with pytest.raises(SystemExit, match=f"{out} (holds something else|is a file)"):
+        merge.main()
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
 
 def test_an_adapter_reranks(adapter, small):

@@ -118,6 +118,22 @@ def test_a_run_goes_on_only_from_what_it_was_begun_with(run, monkeypatch, file, 
         path.write_bytes(content)
 
 
+def test_the_prompt_that_is_exported_is_the_one_it_was_trained_with(run, monkeypatch):
+    path, sample = Path(run.prompt), grpo.sample_batch
+    content = path.read_bytes()
+
+    def edited_meanwhile(*args):
+        path.write_bytes(content.replace(b"passages", b"texts"))
+        return sample(*args)
+
+    monkeypatch.setattr(grpo, "sample_batch", edited_meanwhile)
+    try:
+        grpo.train(replace(run, steps=3))
+    finally:
+        path.write_bytes(content)
+    assert (Path(run.output_dir) / "prompt.toml").read_bytes() == content
+
+
 def test_or_from_what_changed_where_it_is_told_to(run):
     path = Path(run.qrels)
     content = path.read_bytes()

@@ -51,6 +51,22 @@ def test_a_program_goes_on_where_nothing_can_be_printed(tmp_path, broken):
         mark.unlink(missing_ok=True)
 
 
+def test_a_program_goes_on_where_its_streams_are_closed(tmp_path):
+    command = [sys.executable, "-c", PRINT, str(tmp_path / "mark")]
+    subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command], cwd=ROOT)
+    assert (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("broken", [full_disk, closed_pipe])
+def test_an_evaluation_is_written_where_nothing_can_be_printed(tmp_path, small, broken):
+    stream = broken()
+    flags = ["--candidates", small[0], "--qrels", small[1], "--output_dir", tmp_path / "out"]
+    command = [sys.executable, "-u", "evaluate.py", "--reranker", "oracle", *flags]
+    done = subprocess.run(command, cwd=ROOT, stdout=stream, stderr=stream)
+    os.close(stream)
+    assert done.returncode == 0 and (tmp_path / "out" / "metrics.json").exists()
+
+
 def test_what_can_be_printed_is(tmp_path):
     path = tmp_path / "text"
     with open(path, "w", encoding="ascii") as file:
