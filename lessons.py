@@ -39,28 +39,32 @@ def best_response(task: Task, prompt: Prompt, window: TrainingWindow) -> str:
 
 def load_lessons(settings: SftSettings, task: Task, prompt: Prompt) -> list[Lesson]:
     if settings.responses:
-        return given_lessons(settings)
+        return given_lessons(settings, task, prompt)
     windows = load_windows(task, settings)
     return [Lesson(w, best_response(task, prompt, w), f"query {w.qid}") for w in windows]
 
 
-def given_lessons(settings: SftSettings) -> list[Lesson]:
+def given_lessons(settings: SftSettings, task: Task, prompt: Prompt) -> list[Lesson]:
     """The windows and responses of --responses, whose passages are found among the candidates.
-    Lines that are marked as malformed, cut off or too long are left out."""
+    Lines that are marked as malformed, cut off or too long are left out, and those whose response
+    gives no answer to this task."""
     queries = {query.qid: query for query in read_training_queries(settings)[0]}
     lessons, left_out = [], 0
     for where, record in json_records(settings.responses):
         qid, response = qid_field(where, record, "qid"), field(where, record, "response", str)
         docids = field(where, record, "given", list)
-        if any(record.get(mark) for mark in ("malformed", "cut_off", "too_long")):
+        malformed = task.parse(response, len(docids), prompt.reasoning).malformed
+        if malformed or any(record.get(mark) for mark in ("malformed", "cut_off", "too_long")):
             left_out += 1
             continue
         if qid not in queries:
             raise UserError(f"{where}: query {qid} is not among the training queries")
         query = queries[qid]
         passages = {passage.docid: passage for passage in query.passages}
-        if unknown := [docid for docid in docids if docid not in passages]:
+        if unknown := [d for d in docids if not isinstance(d, str) or d not in passages]:
             raise UserError(f"{where}: query {qid} has no candidate {unknown[0]!r:.60}")
+        if len(set(docids)) < len(docids):
+            raise UserError(f"{where}: given holds a docid twice")
         shown = tuple(passages[docid] for docid in docids)
         lessons.append(Lesson(TrainingWindow(qid, query.query, shown, (), ()), response, where))
     if left_out:

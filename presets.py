@@ -61,6 +61,8 @@ def fill_in(settings: Settings, updates_per_batch: int = 1) -> Settings:
             f"--batch_size {settings.batch_size} must be at least --updates_per_batch "
             f"{updates_per_batch} times the number of processes, {world}"
         )
+    if settings.triples and (settings.candidates or settings.qrels):
+        raise UserError("give --triples, or --candidates and --qrels, not both")
     if settings.tensorboard:
         require_tensorboard()
     if settings.preset == "toy":

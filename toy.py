@@ -11,9 +11,9 @@ depth, with too little weight on the topic, and with noise, so that a deep passa
 else comes before a shallow one about the query. GRPO has to find by sampling what matters more.
 """
 
+import fcntl
 import hashlib
 import json
-import os
 import random
 import shutil
 from collections.abc import Callable, Sequence
@@ -26,6 +26,7 @@ from tqdm import trange
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from engine.chat import encode_chat
+from engine.checkpoint import write_model
 from sources.formats import Candidates, Passage, write_candidates
 from sources.trec import Qrels, write_qrels
 from window import Prompt, conversation
@@ -287,18 +288,21 @@ def prepare(seed: int, task: str = "listwise") -> dict[str, str]:
     """Generate the world and warm-start its model, once per seed and task; the settings that
     point there.
 
-    The folder appears whole or not at all, and a change of this file makes a new one.
+    The folder appears whole or not at all, and a change of this file makes a new one. Where
+    another program is making it, this one waits.
     """
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
     folder = CACHE / f"toy-{task}-{seed}-{version}"
     if not folder.exists():
-        building = CACHE / f"{folder.name}.{os.getpid()}.tmp"
-        building.mkdir(parents=True)
-        try:
-            build(building, seed, task)
-            building.rename(folder)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+        building = CACHE / f"{folder.name}.tmp"
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with open(building.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                shutil.rmtree(building, ignore_errors=True)  # what a killed one left
+                building.mkdir()
+                build(building, seed, task)
+                building.rename(folder)
     settings = "model prompt candidates qrels eval_candidates eval_qrels".split()
     names = "model prompt.toml train.jsonl train.txt held_out.jsonl held_out.txt".split()
     return {setting: str(folder / name) for setting, name in zip(settings, names)}
@@ -314,5 +318,4 @@ def build(folder: Path, seed: int, task: str) -> None:
     tokenizer = make_tokenizer()
     lm = make_model(tokenizer, seed)
     warm_start(lm, tokenizer, train, task, seed)
-    lm.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    write_model(lm, tokenizer, folder / "model", {})

@@ -154,12 +154,14 @@ def lessons_of(small, tiny, tmp_path, *lines: dict | str):
 
 
 def test_given_responses_belong_to_their_windows(process_group, small, tiny, tmp_path):
-    right = {"qid": "q1", "given": ["d1-3", "d1-0"], "response": "[2] > [1]", "cut_off": False}
+    answer = "<think> . </think> <answer> [2] > [1] </answer>"
+    right = {"qid": "q1", "given": ["d1-3", "d1-0"], "response": answer, "cut_off": False}
     (lesson,), settings = lessons_of(
-        small, tiny, tmp_path, right, right | {"cut_off": True}, right | {"malformed": True}
+        *(small, tiny, tmp_path, right, right | {"cut_off": True}, right | {"malformed": True}),
+        *(right | {"response": "I cannot tell"}, right | {"given": []}),
     )
     query = formats.read_candidates(small[0])[1]
-    assert lesson.window.query == query.query and lesson.response == "[2] > [1]"
+    assert lesson.window.query == query.query and lesson.response == answer
     assert lesson.window.passages == (query.passages[3], query.passages[0])
     lm, tokenizer = load_lm(str(tiny), torch.float32)
     task = TASKS["listwise"]
@@ -168,10 +170,12 @@ def test_given_responses_belong_to_their_windows(process_group, small, tiny, tmp
     rollout = as_rollout(agent, 0, window, tokens)
     shown = tokenizer.decode([*rollout.prompt, *rollout.samples[0].tokens])
     first, second = (shown.index(query.passages[i].text) for i in (3, 0))
-    assert first < second and shown.endswith("assistant\n[2] > [1]<|im_end|>")
+    assert first < second and shown.endswith(f"assistant\n{answer}<|im_end|>")
     for wrong, message in (
         (right | {"qid": "q9"}, "responses.jsonl:1: query q9 is not among the training queries"),
         (right | {"given": ["d2-0"]}, "responses.jsonl:1: query q1 has no candidate 'd2-0'"),
+        (right | {"given": [["d1-3"], "d1-0"]}, r"jsonl:1: query q1 has no candidate \['d1-3'\]"),
+        (right | {"given": ["d1-3", "d1-3"]}, "responses.jsonl:1: given holds a docid twice"),
         ({"qid": "q1"}, "responses.jsonl:1: field 'response' is missing"),
         (right | {"cut_off": True}, "no response is left"),
         ("[1", "bad JSON"),
@@ -277,3 +281,8 @@ def test_presets_and_flags_are_read(monkeypatch, tmp_path):
     toy = presets.PRESETS["toy"]
     assert seen[0].steps == 7 and seen[0].learning_rate == toy["learning_rate"]
     assert not hasattr(seen[0], "group_size")
+
+
+def test_triples_and_candidates_are_not_given_together(process_group, small, tiny, tmp_path):
+    with pytest.raises(UserError, match="give --triples, or --candidates and --qrels, not both"):
+        presets.fill_in(quick(small, tiny, tmp_path, triples=str(small[0])))

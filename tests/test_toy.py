@@ -1,6 +1,10 @@
 """The offline world: its texts, demonstrator and lessons; and, marked slow, what is learned."""
 
+import hashlib
 import random
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -108,6 +112,23 @@ def test_prepared_once_whole_and_loadable(monkeypatch, tmp_path):
     lm, tokenizer = load_lm(files["model"], torch.float32)
     assert tokenizer.get_vocab() == toy.make_tokenizer().get_vocab()
     assert lm.num_parameters() < 200_000
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_two_that_start_at_once_make_it_once_and_without_what_a_killed_one_left(tmp_path):
+    script = (
+        "import sys, time, toy; from pathlib import Path; toy.CACHE = Path(sys.argv[1])\n"
+        "toy.build = lambda folder, *_: ((folder / 'made').open('x').close(), time.sleep(1))\n"
+        "toy.prepare(7)"
+    )
+    version = Path(toy.__file__).read_bytes()
+    name = f"toy-listwise-7-{hashlib.sha256(version).hexdigest()[:8]}"
+    (tmp_path / f"{name}.tmp").mkdir()
+    (tmp_path / f"{name}.tmp" / "half").touch()
+    start = partial(subprocess.Popen, [sys.executable, "-c", script, str(tmp_path)])
+    both = [start(cwd=Path(toy.__file__).parent) for _ in range(2)]
+    assert [one.wait() for one in both] == [0, 0]
+    assert [path.name for path in (tmp_path / name).iterdir()] == ["made"]
     assert not list(tmp_path.glob("*.tmp"))
 
 
