@@ -235,7 +235,7 @@ def main() -> None:
     make_unbreakable()
     sources, settings, evaluate, agent, inputs = parse_settings(
         *(__doc__, SourceSettings, AnalysisSettings, EvaluateSettings, AgentSettings),
-        positional={
+        others={
             "analysis": {"choices": [*ANALYSES], "help": "what is varied"},
             "datasets": {"nargs": "*", "help": "as of evaluate.py"},
         },

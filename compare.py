@@ -19,11 +19,11 @@ from engine.streams import make_unbreakable
 from pages.comparison import comparison_page
 from pages.document import Block, Heading, Paragraph, Table, as_markdown, as_text
 from results.paired import Paired, holm, interval, paired, probability, queries_for
-from results.papers import SOURCES, SUITES, TWO_TRAININGS, reported
+from results.papers import AVERAGED, SOURCES, TWO_TRAININGS, reported
 from results.systems import Evaluated, System, find_evaluations, gather, read_evaluated
 from sources.registry import BEIR, BRIGHT, DL
 
-GROUPS = {"TREC DL": ("dl", DL), "BEIR": ("beir", BEIR), "BRIGHT": ("bright", BRIGHT)}
+SUITES = {"TREC DL": ("dl", DL), "BEIR": ("beir", BEIR), "BRIGHT": ("bright", BRIGHT)}
 SAME_BM25 = 0.1  # points: BRIGHT's figures have one digit
 
 
@@ -43,7 +43,7 @@ def suites_of(systems: list[System]) -> dict[str, list[str]]:
     datasets = dict.fromkeys(name for system in systems for name in system.evaluated)
     suites = {
         title: [name for name in members if name in datasets]
-        for title, (_, members) in GROUPS.items()
+        for title, (_, members) in SUITES.items()
     }
     known = {name for members in suites.values() for name in members}
     suites["Own data"] = [name for name in datasets if name not in known]
@@ -56,8 +56,8 @@ def short(dataset: str) -> str:
 
 def suite_table(title: str, datasets: list[str], systems: list[System]) -> Table:
     """nDCG@10 of each dataset and the average; an average only of systems that have them all."""
-    key = GROUPS[title][0] if title in GROUPS else ""
-    whole = SUITES.get(key) == datasets
+    key = SUITES[title][0] if title in SUITES else ""
+    whole = AVERAGED.get(key) == datasets
     rows = [
         [name, *(figures.get(d, "-") for d in datasets), figures.get(key, "-") if whole else "-"]
         for name, figures in reported().items()

@@ -134,8 +134,7 @@ def batch_at(step: int, size: int, n: int, seed: int) -> list[int]:
 
 # ------------------------------------------------------------------------ the training set as files
 
-REARANK = ("dl21", "dl22", "dl23")
-MEASURED_ON = ("dl19", "dl20")  # by REARANK
+TRAINED_ON, MEASURED_ON = ("dl21", "dl22", "dl23"), ("dl19", "dl20")  # by REARANK
 # 211 is how many judged queries these have; 179 and 12k stand in the paper, though 179 queries have
 # no more than 8,950 windows of 50 draws.
 PAPER = {"judged": "211", "drawn": "10,550", "windows left": "12k", "queries left": "179"}
@@ -249,13 +248,13 @@ def refuse_overlap(
 @program
 def main() -> None:
     make_unbreakable()
-    meaning = f"names of datasets or groups; default, without files: {' '.join(REARANK)}"
+    meaning = f"names of datasets or groups; default, without files: {' '.join(TRAINED_ON)}"
     sources, settings, inputs = parse_settings(
         *(__doc__, SourceSettings, DataSettings),
-        positional={"datasets": {"nargs": "*", "help": meaning}},
+        others={"datasets": {"nargs": "*", "help": meaning}},
     )
     files = [value for name, value in asdict(sources).items() if name != "top_k" and value]
-    build_training_set(expand(inputs.datasets or ([] if files else REARANK)), sources, settings)
+    build_training_set(expand(inputs.datasets or ([] if files else TRAINED_ON)), sources, settings)
 
 
 if __name__ == "__main__":

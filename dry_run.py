@@ -257,7 +257,7 @@ def sample(
         hidden = policy.lm.base_model(
             input_ids=last, position_ids=positions, use_cache=False, shared=cache
         ).last_hidden_state[:, 0]
-        draw(logits_of(policy.lm, hidden), torch.zeros(responses), settings.temperature, 1.0)
+        draw(logits_of(policy.lm, hidden), torch.zeros(responses), settings.temperature)
 
     with gathered(policy):
         policy(last_step)

@@ -26,9 +26,10 @@ import torch.distributed as dist
 
 from agent import Agent, Answer, Known, Shown, load_agent, rank_batch, rank_windows
 from engine.flags import parse_settings, program
-from engine.parallel import StopSignal, is_out_of_memory, processes, say, together
+from engine.model import some
+from engine.parallel import StopSignal, if_first, is_out_of_memory, processes, say, together
 from engine.streams import make_unbreakable
-from measure import Evaluation, Reranker, judged_queries, measure_all
+from measure import Evaluation, Reranker, measurable, measure_all
 from results.answers import UNFINISHED, begin, claimed, finished, kept_windows
 from results.record import deciding_facts, default_folder, full_record
 from settings import AgentSettings, EvaluateSettings, SourceSettings, UserError
@@ -48,7 +49,7 @@ def load_judged(names: list[str], sources: SourceSettings, reranker: str) -> lis
     for loaded in load_each(names, sources, texts=reranker == "model"):
         if not loaded.qrels:
             raise UserError("the judgments are missing: give --qrels FILE")
-        judged = judged_queries(loaded.candidates, loaded.qrels, sources.top_k, loaded.name)
+        judged = measurable(loaded.candidates, loaded.qrels, sources.top_k, loaded.name)
         sets.append(replace(loaded, candidates=judged))
     return sets
 
@@ -112,10 +113,9 @@ def print_metrics(metrics: list[dict]) -> None:
     for m in metrics:
         if qids := m["too_long_queries"]:
             of = f"{m['dataset']}: " if m["dataset"] else ""
-            some = ", ".join(qids[:5]) + (", ..." if len(qids) > 5 else "")
             print(
                 f"{of}{m['too_long']} windows were too long for the model and kept their order, of "
-                f"{len(qids)} queries: {some}"
+                f"{len(qids)} queries: {some(qids, 5)}"
             )
     counted = ("queries", "windows", "malformed", "cut_off", "prompt_tokens", "tokens")
     counts = (f"{sum(m[k] for m in metrics)} {k.replace('_', ' ')}" for k in counted)
@@ -146,7 +146,7 @@ def explain(error: BaseException, stop: StopSignal, folders: list[Path], in_flig
 
 def from_first(work: Callable[[], T]) -> T:
     """What `work` returns on process 0, on all; an error there is one on all."""
-    box = [together(lambda: work() if dist.get_rank() == 0 else None)]
+    box = [if_first(work)]
     dist.broadcast_object_list(box)
     return box[0]
 
@@ -160,7 +160,7 @@ def all_claimed(folders: list[Path]) -> Iterator[None]:
             for folder in folders:
                 locks.enter_context(claimed(folder))
 
-        together(lambda: claim() if dist.get_rank() == 0 else None)
+        if_first(claim)
         yield
 
 
@@ -261,7 +261,7 @@ def main() -> None:
     meaning = f"names of datasets (docs/data.md) or of groups: {', '.join(GROUPS)}"
     sources, settings, agent_settings, inputs = parse_settings(
         *(__doc__, SourceSettings, EvaluateSettings, AgentSettings),
-        positional={"datasets": {"nargs": "*", "help": meaning}},
+        others={"datasets": {"nargs": "*", "help": meaning}},
     )
     evaluate(expand(inputs.datasets), sources, settings, agent_settings)
 

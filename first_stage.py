@@ -50,7 +50,7 @@ def main() -> None:
     meaning = f"names of datasets (docs/data.md) or of groups: {', '.join(GROUPS)}"
     sources, settings, inputs = parse_settings(
         *(__doc__, SourceSettings, FirstStageSettings),
-        positional={"datasets": {"nargs": "*", "help": meaning}},
+        others={"datasets": {"nargs": "*", "help": meaning}},
     )
     write_first_stages(expand(inputs.datasets), sources, settings.output_dir)
 

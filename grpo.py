@@ -61,7 +61,7 @@ from rollout import Rollout, drop_too_long, offending, readable, rollout_figures
 from settings import DryRunSettings, TrainSettings, UserError
 from sources.formats import Candidates
 from sources.trec import Qrels
-from tasks import TASKS, Task, load_task
+from tasks import TASKS, Task, load_task, load_windows
 from window import Prompt
 
 # ---------------------------------------------------------------------------------- the formulas
@@ -246,11 +246,8 @@ def train(settings: TrainSettings) -> Path:
     with processes() as device, StopSignal() as stop:
         settings = fill_in(settings)
         data = together(lambda: load_data(settings))
-
-        def train_in_folder(folder: Path, inputs: dict) -> None:
-            train_in(folder, inputs, data, settings, device, stop)
-
-        return in_folder(settings, data.prompt_file, train_in_folder)
+        work = partial(train_in, data, settings, device, stop)
+        return in_folder(settings, data.prompt_file, work)
 
 
 class Data(NamedTuple):
@@ -264,12 +261,12 @@ class Data(NamedTuple):
 
 
 def train_in(
-    folder: Path,
-    inputs: dict,
     data: Data,
     settings: TrainSettings,
     device: torch.device,
     stop: StopSignal,
+    folder: Path,
+    inputs: dict,
 ) -> None:
     """Train from these inputs in a folder that is claimed, from the first step that is not done."""
     # Who edits the prompt while the model trains must not change what it is exported with.
@@ -337,9 +334,10 @@ def fill_in(settings: TrainSettings) -> TrainSettings:
 
 def load_data(settings: TrainSettings) -> Data:
     """UserError where there is nothing to train on, or it is what is measured on."""
-    data = Data(*load_task(settings), load_held_out(settings))
-    refuse_held_out(data.windows, data.held_out, settings)
-    return data
+    task, prompt_file, prompt = load_task(settings)
+    windows, held_out = load_windows(task, settings), load_held_out(settings)
+    refuse_held_out(windows, held_out, settings)
+    return Data(task, prompt_file, prompt, windows, held_out)
 
 
 @program

@@ -12,7 +12,7 @@ from agent import Agent, rank_batch
 from data import TrainingWindow, refuse_overlap
 from engine.files import append_lines, read_json, write_whole
 from engine.parallel import StopSignal, explained, gathered, if_first, say, together
-from measure import Evaluation, judged_queries, measure_all
+from measure import Evaluation, measurable, measure_all
 from rollout import drop_too_long, sample_shared, windows_at_once
 from settings import AgentSettings, RunSettings, TrainSettings, UserError
 from sources.formats import Candidates, read_candidates
@@ -30,7 +30,7 @@ def load_held_out(settings: RunSettings) -> tuple[list[Candidates], Qrels] | Non
             raise UserError("--eval_every needs held-out queries: give --eval_candidates")
         return None
     candidates, qrels = read_candidates(settings.eval_candidates), read_qrels(settings.eval_qrels)
-    return judged_queries(candidates, qrels, top_k=100), qrels
+    return measurable(candidates, qrels, top_k=100), qrels
 
 
 def refuse_held_out(

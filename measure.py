@@ -25,7 +25,7 @@ from ir_measures import AP, RR, R, iter_calc, nDCG
 from tqdm import tqdm
 
 from agent import Answer, Known
-from engine.files import write_whole
+from engine.files import one_line, write_whole
 from engine.parallel import all_gather, balanced, if_first, together
 from pages.reader import keep_reader
 from results.answers import METRICS, PARTS, UNFINISHED, json_line
@@ -89,7 +89,7 @@ def mean(values: dict[str, dict[str, float]]) -> dict[str, float]:
     return {name: fmean(query[name] for query in values.values()) for name in names}
 
 
-def judged_queries(
+def measurable(
     candidates: list[Candidates], qrels: Qrels, top_k: int, name: str = ""
 ) -> list[Candidates]:
     """The queries that can be measured, each with its best `top_k` candidates; says what it
@@ -173,7 +173,7 @@ def write_results(
     rankings = {query.qid: [p.docid for p in query.passages] for query in reranked}
     write_whole(output_dir / "windows.jsonl", "".join(map(json_line, answers)))
     write_run(rankings, output_dir / "run.txt", tag="rearank")
-    write_whole(output_dir / "per_query.jsonl", "".join(json.dumps(q) + "\n" for q in per_qid))
+    write_whole(output_dir / "per_query.jsonl", "".join(map(one_line, per_qid)))
     write_whole(output_dir / METRICS, json.dumps(metrics, indent=2) + "\n")
     keep_reader(output_dir, evaluation.candidates, reranked, evaluation.qrels)
     (output_dir / UNFINISHED).unlink(missing_ok=True)
@@ -224,7 +224,7 @@ def rerank_share(
     shares = all_gather((reranked, answers))
     by_key = {query.qid: query for share, _ in shares for query in share}
     by_window = {key: answer for _, share in shares for key, answer in share.items()}
-    return [in_order(e, by_key, by_window) for e in evaluations]
+    return [of_dataset(e, by_key, by_window) for e in evaluations]
 
 
 def window_bar(queries: list[Candidates], ranker: Callable[[int], Ranker] | None) -> tqdm:
@@ -248,7 +248,7 @@ def open_part(evaluation: Evaluation, rank: int):
     return open(path, "a" if evaluation.known else "w", encoding="utf-8")
 
 
-def in_order(
+def of_dataset(
     evaluation: Evaluation,
     by_key: dict[str, Candidates],
     by_window: dict[tuple[str, int], Answer],

@@ -10,10 +10,9 @@ import torch
 import torch.distributed as dist
 
 import toy
-from data import REARANK as REARANK_DATASETS
-from data import build_training_set, training_folder
+from data import TRAINED_ON, build_training_set, training_folder
 from engine.events import require_tensorboard
-from engine.parallel import together
+from engine.parallel import if_first
 from settings import DataSettings, RunSettings, SourceSettings, UserError
 from sources.write import CANDIDATES, QRELS, is_whole
 
@@ -67,7 +66,7 @@ def fill_in(settings: Settings, updates_per_batch: int = 1) -> Settings:
         require_tensorboard()
     if settings.preset == "toy":
         torch.set_num_threads(1)  # for matrices this small, more threads only wait for each other
-    together(lambda: prepare(settings) if dist.get_rank() == 0 else None)
+    if_first(lambda: prepare(settings))
     # What the command line says of these stays.
     prepared, default = prepare(settings), type(settings)()
     unset = {k: v for k, v in prepared.items() if getattr(settings, k) == getattr(default, k)}
@@ -80,8 +79,8 @@ def prepare(settings: RunSettings) -> dict[str, str]:
         return toy.prepare(settings.seed, settings.task)
     if settings.preset == "rearank" and not (settings.candidates or settings.triples):
         sources, how = SourceSettings(), DataSettings()
-        folder = training_folder(REARANK_DATASETS, sources, how)
+        folder = training_folder(TRAINED_ON, sources, how)
         if not is_whole(folder):
-            build_training_set(REARANK_DATASETS, sources, how)
+            build_training_set(TRAINED_ON, sources, how)
         return {"candidates": str(folder / CANDIDATES), "qrels": str(folder / QRELS)}
     return {}

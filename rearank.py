@@ -246,7 +246,7 @@ def main() -> None:
         "--json": {"action": "store_true", "help": "print JSON, a line for each query"},
     }
     settings, sources, inputs = parse_settings(
-        __doc__, AgentSettings, SourceSettings, positional=others
+        __doc__, AgentSettings, SourceSettings, others=others
     )
     try:
         rerank(inputs, sources, settings)

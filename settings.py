@@ -195,7 +195,7 @@ FREE_TO_CHANGE = set(
 
 @dataclass
 class AgentSettings:
-    """The reranker's, in rearank.py and evaluate.py."""
+    """The reranker's, in rearank.py, evaluate.py and analyses.py."""
 
     model: str = setting(MODEL, MODEL_MEANING)
     task: str = setting(
@@ -236,8 +236,8 @@ class AgentSettings:
 
 @dataclass
 class SourceSettings:
-    """Where queries, passages and judgments come from, in evaluate.py, first_stage.py and data.py;
-    beside the name of a dataset, instead of what pyserini has (docs/data.md)."""
+    """Where queries, passages and judgments come from, in all programs but the trainings: beside
+    the name of a dataset, instead of what pyserini has (docs/data.md)."""
 
     candidates: str = setting("", "first-stage candidates (RankGPT's JSON or RankLLM's JSONL)")
     qrels: str = setting("", "judgments (TREC's columns or BEIR's TSV)")
@@ -247,11 +247,11 @@ class SourceSettings:
         "", "Lucene index, for BM25 and texts: a folder, or pyserini's name of one"
     )
     collection: str = setting(
-        "", "the same from texts: BEIR's corpus.jsonl, TSV, pyserini's JSON; a file or a folder"
+        "", "instead of an index: BEIR's corpus.jsonl, TSV, pyserini's JSON; a file or a folder"
     )
     exclude: str = setting("", "docids that are no candidates: lines of qid and docid (BRIGHT's)")
     beir: str = setting("", "a BEIR folder: its corpus.jsonl, queries.jsonl and qrels/test.tsv")
-    table: str = setting("", "instead of all that, a CSV or TSV of query, passage, label")
+    table: str = setting("", "instead of all these, a CSV or TSV of query, passage, label")
     top_k: int = setting(100, "candidates per query", within=(1, MANY))
 
 

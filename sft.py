@@ -45,8 +45,8 @@ from rollout import Rollout, offending
 from settings import RunSettings, SftSettings, TrainSettings
 from sources.formats import Candidates
 from sources.trec import Qrels
-from tasks import TASKS, Task
-from window import Prompt, load_prompt
+from tasks import Task, load_task
+from window import Prompt
 
 # ------------------------------------------------------------------------------------- the update
 
@@ -103,9 +103,7 @@ class Data(NamedTuple):
 
 def load_data(settings: SftSettings) -> Data:
     """UserError where there is nothing to learn, or it is what is measured on."""
-    task = TASKS[settings.task]
-    prompt_file = settings.prompt or task.prompt
-    prompt = load_prompt(prompt_file)
+    task, prompt_file, prompt = load_task(settings)
     lessons, held_out = load_lessons(settings, task, prompt), load_held_out(settings)
     refuse_held_out([lesson.window for lesson in lessons], held_out, settings)
     return Data(task, prompt_file, prompt, lessons, held_out)
@@ -116,20 +114,17 @@ def train(settings: SftSettings) -> Path:
     with processes() as device, StopSignal() as stop:
         settings = presets.fill_in(settings)
         data = together(lambda: load_data(settings))
-
-        def train_in_folder(folder: Path, inputs: dict) -> None:
-            train_in(folder, inputs, data, settings, device, stop)
-
-        return in_folder(settings, data.prompt_file, train_in_folder)
+        work = partial(train_in, data, settings, device, stop)
+        return in_folder(settings, data.prompt_file, work)
 
 
 def train_in(
-    folder: Path,
-    inputs: dict,
     data: Data,
     settings: SftSettings,
     device: torch.device,
     stop: StopSignal,
+    folder: Path,
+    inputs: dict,
 ) -> None:
     """Train from these inputs in a folder that is claimed, from the first step that is not done."""
     # Who edits the prompt while the model trains must not change what it is exported with.

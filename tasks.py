@@ -72,11 +72,11 @@ SETWISE = Task(
 TASKS = {"listwise": LISTWISE, "setwise": SETWISE}
 
 
-def load_task(settings: RunSettings) -> tuple[Task, str | Path, Prompt, list[TrainingWindow]]:
-    """(the task, its prompt's file, the prompt, the windows to train on)."""
+def load_task(settings: RunSettings) -> tuple[Task, str | Path, Prompt]:
+    """(the task, its prompt's file, the prompt) of a training."""
     task = TASKS[settings.task]
     prompt_file = settings.prompt or task.prompt
-    return task, prompt_file, load_prompt(prompt_file), load_windows(task, settings)
+    return task, prompt_file, load_prompt(prompt_file)
 
 
 def load_windows(task: Task, settings: RunSettings) -> list[TrainingWindow]:

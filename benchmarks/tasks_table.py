@@ -20,7 +20,7 @@ import toy
 from agent import load_agent, rank_batch
 from engine.parallel import processes
 from evaluate import oracle_rerank
-from measure import Evaluation, judged_queries, measure_all
+from measure import Evaluation, measurable, measure_all
 from settings import AgentSettings
 from sources import formats, trec
 
@@ -74,7 +74,7 @@ def main() -> None:
     print_table("The offline world, trained models, windows of 6", rows)
     if len(sys.argv) == 3:
         qrels = trec.read_qrels(sys.argv[2])
-        candidates = judged_queries(formats.read_candidates(sys.argv[1]), qrels, 100)
+        candidates = measurable(formats.read_candidates(sys.argv[1]), qrels, 100)
         rows = {}
         for way, settings in WAYS.items():
             judge = partial(oracle_rerank, qrels, AgentSettings(**settings))

@@ -156,7 +156,7 @@ def check(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
         facts = read_json(path / FACTS)
         own = facts.pop("own_sha256")
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"no checkpoint of grpo.py ({FACTS}: {error!r})") from None
+        raise UserError(f"no checkpoint ({FACTS}: {error!r})") from None
     if own != hash_record(facts):
         raise UserError(f"damaged: {FACTS} is not what was written")
     if path.name != folder_name(facts["step"]):

@@ -40,10 +40,10 @@ def parse_settings(
     doc: str | None,
     *kinds: type,
     presets: dict[str, dict[str, Any]] | None = None,
-    positional: dict[str, dict[str, Any]] | None = None,
+    others: dict[str, dict[str, Any]] | None = None,
 ) -> tuple:
-    """An instance of each of the dataclasses `kinds`; then, where there are `positional` arguments
-    (name -> what argparse wants to know), a namespace of those.
+    """An instance of each of the dataclasses `kinds`; then, where there are `others`, arguments
+    and flags that are no settings (name -> what argparse wants to know), a namespace of those.
 
     A preset (--preset NAME) comes first, a settings file (a first argument that ends in .yaml,
     .yml or .json) over it, flags over both. What no dataclass holds is an error, and so is a value
@@ -55,7 +55,7 @@ def parse_settings(
     known = {field.name: field for kind in kinds for field in fields(kind)}
     for field in known.values():
         add_flag(parser, field)
-    for name, how in (positional or {}).items():
+    for name, how in (others or {}).items():
         parser.add_argument(name, **how)
 
     args = sys.argv[1:]
@@ -78,7 +78,7 @@ def parse_settings(
     parsed = [
         kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values}) for kind in kinds
     ]
-    return (*parsed, inputs) if positional else tuple(parsed)
+    return (*parsed, inputs) if others else tuple(parsed)
 
 
 def refuse(message: str) -> NoReturn:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from engine.checkpoint import first_difference
 from engine.files import locked, one_line, read_json, read_lines, refuse_foreign, write_whole
-from engine.parallel import all_gather, together
+from engine.parallel import all_gather, if_first, together
 from engine.provenance import hash_files, hash_model, provenance
 from settings import FREE_TO_CHANGE, RunSettings, UserError
 
@@ -44,7 +44,6 @@ def claimed(settings: RunSettings) -> Iterator[Path]:
     stamp = f"{datetime.now():%Y%m%d-%H%M%S}"
     chosen = settings.output_dir or f"runs/{settings.preset or settings.task}-{stamp}"
     folder = Path(all_gather(chosen)[0])  # their clocks may differ
-    first = dist.get_rank() == 0
 
     def claim() -> None:
         refuse_foreign(folder, [SETTINGS])
@@ -54,9 +53,10 @@ def claimed(settings: RunSettings) -> Iterator[Path]:
             shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
 
     with ExitStack() as held:
-        together(lambda: claim() if first else None)
+        if_first(claim)
         # Where the launcher and some processes are killed, the others still hold it.
-        together(lambda: None if first else held.enter_context(locked(folder, joining=True)))
+        joining = dist.get_rank() > 0
+        together(lambda: held.enter_context(locked(folder, joining=True)) if joining else None)
         try:
             yield folder
         except OSError as error:

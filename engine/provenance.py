@@ -31,7 +31,8 @@ MODEL_FILES = (
 def provenance() -> dict:
     """{"git": the revision and whether the tree was clean, None without git, "source": the hash of
     this project's files, "versions": of Python and the packages that are installed}."""
-    code = [*ROOT.glob("*.py"), *ROOT.glob("engine/*.py"), *ROOT.glob("sources/*.py")]
+    rooms = (".", "engine", "pages", "results", "sources")
+    code = [file for room in rooms for file in (ROOT / room).glob("*.py")]
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

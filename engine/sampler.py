@@ -43,21 +43,13 @@ class Sample:
     finite: bool = True  # False: it ends where logits were not finite
 
 
-def draw(
-    logits: Tensor, uniforms: Tensor, temperature: float, top_p: float
-) -> tuple[Tensor, Tensor]:
+def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """One token per row of logits [R, V], by inverting the cumulative distribution at
     uniforms [R] in [0, 1): (tokens [R], logprobs [R]). Temperature 0 takes the likeliest."""
     logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)
     if temperature == 0:
         tokens = logprobs.argmax(-1)
     else:
-        if top_p < 1:
-            p, order = logprobs.exp().sort(-1, descending=True)
-            outside = torch.zeros_like(p, dtype=torch.bool).scatter(
-                -1, order, p.cumsum(-1) - p >= top_p
-            )
-            logprobs = logprobs.masked_fill(outside, -torch.inf).log_softmax(-1)
         cumulative = logprobs.exp().cumsum(-1)
         total = cumulative[:, -1:]
         # Rounding must not reach past the last token that has any probability.
@@ -82,13 +74,11 @@ class Sampler:
         eos: Sequence[int],
         max_new_tokens: int,
         temperature: float = 1.0,  # 0: greedy
-        top_p: float = 1.0,
         max_in_flight: int = 64,  # responses; more memory, and more work per pass
         on_token: Callable[[Hashable, Sample], None] | None = None,  # (ticket, what has grown)
     ):
         self.policy, self.eos, self.max_new_tokens = policy, set(eos), max_new_tokens
-        self.temperature, self.top_p, self.max_in_flight = temperature, top_p, max_in_flight
-        self.on_token = on_token
+        self.temperature, self.max_in_flight, self.on_token = temperature, max_in_flight, on_token
         self.waiting: deque[Request] = deque()
         self.prefixes: OrderedDict[tuple[int, ...], DynamicCache] = OrderedDict()
         self.cache = SharedCache(max_new_tokens, policy.lm.device)
@@ -151,7 +141,7 @@ class Sampler:
         return self.release()
 
     def draw(self, logits: Tensor, uniforms: Tensor, rows: list) -> Tensor:
-        tokens, logprobs = draw(logits, uniforms, self.temperature, self.top_p)
+        tokens, logprobs = draw(logits, uniforms, self.temperature)
         for (ticket, sample), token, logprob in zip(rows, tokens.tolist(), logprobs.tolist()):
             if not sample.done:
                 sample.tokens.append(token)

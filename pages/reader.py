@@ -1,21 +1,20 @@
 """The ranking reader: what a reranker did to each query, window by window; or what two of them did.
 An evaluation keeps its own, `report.html`, and beside it what it is made of: queries.jsonl."""
 
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.files import read_lines, write_whole
+from engine.files import one_line, read_lines, write_whole
 from engine.parallel import say
 from pages.facts import flat, read_object
 from pages.render import render
 from reward import ndcg_at_k
 from settings import UserError
 from sources.formats import Candidates
+from sources.trec import Qrels
 
-Judgments = dict[str, dict[str, int]]  # qid -> docid -> grade
 TEXT, TEXTS = 400, 32_000_000  # characters kept of a passage; of all, so that fewer are of each
 LARGEST = 12_000_000  # characters of passages and windows in a page
 
@@ -34,7 +33,7 @@ class Evaluation:
 
 
 def query_records(
-    candidates: list[Candidates], reranked: list[Candidates], qrels: Judgments
+    candidates: list[Candidates], reranked: list[Candidates], qrels: Qrels
 ) -> Iterator[dict]:
     """Per query: {"qid", "query", "ndcg@10": [before, after], "relevant": how many were judged so,
     "passages": [{"docid", "grade" (None: not judged), "text"}] in the first stage's order,
@@ -69,14 +68,13 @@ def cut(text: str, length: int) -> str:
 
 
 def keep_reader(
-    output_dir: Path, candidates: list[Candidates], reranked: list[Candidates], qrels: Judgments
+    output_dir: Path, candidates: list[Candidates], reranked: list[Candidates], qrels: Qrels
 ) -> None:
     """Write queries.jsonl and report.html into an evaluation's folder, which holds the rest. No
     error comes out of it: it is said, and the evaluation stays."""
     try:
         records = query_records(candidates, reranked, qrels)
-        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        write_whole(output_dir / "queries.jsonl", "".join(lines))
+        write_whole(output_dir / "queries.jsonl", "".join(map(one_line, records)))
         write_whole(output_dir / "report.html", reader_page([read_evaluation(output_dir)]))
     except Exception as error:
         what = f"{type(error).__name__}: {error}"

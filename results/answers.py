@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from agent import Answer
-from engine.files import locked, read_json, refuse_foreign, write_whole
+from engine.files import locked, one_line, read_json, refuse_foreign, write_whole
 from settings import UserError
 
 PARTS, UNFINISHED, METRICS = "windows.part*.jsonl", "unfinished.json", "metrics.json"
@@ -81,7 +81,7 @@ def refuse_different(facts: dict, path: Path, what: str) -> None:
 
 
 def json_line(answer: Answer) -> str:
-    return json.dumps(asdict(answer), ensure_ascii=False) + "\n"
+    return one_line(asdict(answer))
 
 
 def kept_windows(output_dir: Path) -> int:

@@ -2,7 +2,7 @@
 
 from sources.registry import BEIR, BRIGHT
 
-SUITES = {"dl": ["dl19", "dl20"], "beir": BEIR[:7], "bright": BRIGHT}  # what their averages are of
+AVERAGED = {"dl": ["dl19", "dl20"], "beir": BEIR[:7], "bright": BRIGHT}  # in them, by suite
 SOURCES = {
     "1": "REARANK's paper (arXiv 2505.20046)",
     "2": "Rank-R1 (arXiv 2503.06034) as a benchmark page lists it, size of the model not said",

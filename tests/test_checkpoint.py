@@ -140,8 +140,8 @@ def other_layers(folder: Path) -> None:
     [
         (flip_a_bit, "is not what was written"),
         (lambda folder: next(folder.glob("shard-*")).unlink(), "shard-.* is missing"),
-        (lambda folder: (folder / "checkpoint.json").unlink(), "no checkpoint of grpo.py"),
-        (lambda folder: (folder / "checkpoint.json").write_text("[]"), "no checkpoint of grpo.py"),
+        (lambda folder: (folder / "checkpoint.json").unlink(), "no checkpoint"),
+        (lambda folder: (folder / "checkpoint.json").write_text("[]"), "no checkpoint"),
         (other_step, "checkpoint.json is not what was written"),
         (stray, "z.safetensors does not belong to it"),
         (renamed, "its name is not that of its step, 5"),

@@ -1,5 +1,8 @@
-"""The house: every module has its place in the contracts on imports, and a circle is found."""
+"""The house: every module has its place in the contracts on imports, a circle is found, and what
+the documents name is there."""
 
+import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import settings
 from settings import AgentSettings, TrainSettings
 from tasks import TASKS
 
@@ -50,9 +54,61 @@ def test_no_module_hides_one_of_pythons_own():
 
 
 def test_the_tasks_are_those_that_the_settings_offer():
-    for settings, own in ((TrainSettings, []), (AgentSettings, [""])):
-        choices = settings.__dataclass_fields__["task"].metadata["choices"]
+    for kind, own in ((TrainSettings, []), (AgentSettings, [""])):
+        choices = kind.__dataclass_fields__["task"].metadata["choices"]
         assert choices == [*own, *TASKS]  # "": the model's own
+
+
+# -------------------------------------------------------------------------------- the documents
+
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted(ROOT.glob("*.py")),  # their docstrings
+]
+OF_OTHERS = set("no-build-isolation port model-path nproc_per_node nnodes rdzv_backend".split())
+OF_OTHERS |= {"rdzv_endpoint", "check", "help"}
+YOURS = {"pairwise.py", "prompts/pairwise.toml", "prompt.toml"}
+
+
+def text_of(document: Path) -> str:
+    text = document.read_text()
+    return text if document.suffix == ".md" else ast.get_docstring(ast.parse(text))
+
+
+def flags_of(program: Path) -> set[str]:
+    """The fields of the settings that a program names, and the flags that it spells out."""
+    text = program.read_text()
+    kinds = (getattr(settings, kind, None) for kind in re.findall(r"\b\w+Settings\b", text))
+    own = re.findall(r"""--(\w[\w-]*)""", re.sub(r'""".*?"""', "", text, flags=re.DOTALL))
+    return {name for kind in kinds if kind for name in kind.__dataclass_fields__} | set(own)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_a_document_names_programs_flags_and_files_that_are_there(document):
+    text = text_of(document).replace("\\\n", " ")
+    known = set(OF_OTHERS)
+    for program in [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.*"), ROOT / "tests" / "faults.py"]:
+        known |= flags_of(program) if program.suffix in (".py", ".sh") else set()
+    assert set(re.findall(r"(?<![\w-])--(\w[\w-]*)", text)) <= known
+    for program, rest in re.findall(r"(?:python|torchrun.*?) ([\w/]+\.py)([^\n|`#]*)", text):
+        named = set(re.findall(r"(?<![\w-])--(\w[\w-]*)", rest))
+        assert named <= flags_of(ROOT / program) | OF_OTHERS, program
+    for file in set(re.findall(r"`([\w/]+\.(?:py|sh|toml))`", text)) - YOURS:
+        folders = (ROOT, document.parent, ROOT / "sources")
+        assert any((folder / file).exists() for folder in folders), file
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (document.parent / link).exists(), link
+
+
+def test_a_function_is_in_the_file_that_the_documents_name():
+    text = "\n".join(map(text_of, DOCUMENTS))
+    named = [(file, name) for name, file in re.findall(r"`(\w+)` in `([\w/]+\.py)`", text)]
+    named += re.findall(r"^ *([\w/]+\.py) +(\w+) {2,}", text, re.MULTILINE)  # README's call traces
+    assert len(named) > 20
+    for file, name in named:
+        defined = rf"^(def|class) {name}\b|^{name}\b.*="
+        assert re.search(defined, (ROOT / file).read_text(), re.MULTILINE), f"{file}: {name}"
 
 
 def test_pip_install_says_that_there_is_nothing_to_install(tmp_path):
