@@ -75,6 +75,9 @@ def per_query(
         R(rel=relevant) @ 100: "recall@100",
     }
     run = {q.qid: {p.docid: -float(i) for i, p in enumerate(q.passages)} for q in ranked}
+    # To trec_eval grades below 0 are not relevant either; a query that has only grades below -1
+    # would end it, and this process, in a segmentation fault.
+    qrels = {qid: {d: max(grade, 0) for d, grade in of.items()} for qid, of in qrels.items()}
     values: dict[str, dict[str, float]] = {
         qid: dict.fromkeys(measures.values(), 0.0) for qid in qrels
     }

@@ -6,7 +6,7 @@ settings, prompt and model, the last two by their hashes.
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from string import ascii_uppercase
 
@@ -31,8 +31,8 @@ class Evaluated:
     before: dict[str, float]
     after: dict[str, float]
 
-    def candidates_hash(self) -> str | None:
-        return self.metrics.get("sha256", {}).get("candidates")
+    def hash_of(self, name: str) -> str | None:
+        return self.metrics.get("sha256", {}).get(name)
 
     def texts(self) -> dict[str, str]:
         """The queries by qid, where the evaluation kept them."""
@@ -90,8 +90,28 @@ def read_evaluated(folder: Path) -> Evaluated:
 
 def dataset_of(metrics: dict) -> str:
     """Its name; of one that came from files, the name of that of the judgments."""
-    qrels = metrics.get("settings", {}).get("qrels") or metrics.get("settings", {}).get("table")
-    return metrics.get("dataset") or (Path(qrels).name if qrels else "held out")
+    return metrics.get("dataset") or Path(judgments_of(metrics)).name or "held out"
+
+
+def judgments_of(metrics: dict) -> str:
+    """The file that they came from, or the folder in BEIR's form; "" where that is not known."""
+    settings = metrics.get("settings", {})
+    return settings.get("qrels") or settings.get("table") or settings.get("beir") or ""
+
+
+def tell_apart(evaluations: list[Evaluated]) -> list[Evaluated]:
+    """With the folder in the names of datasets from files, where files of one name (qrels.txt)
+    hold different judgments."""
+    known: dict[str, set[str]] = {}
+    for one in evaluations:
+        known.setdefault(one.dataset, set()).add(one.hash_of("qrels"))
+
+    def told_apart(one: Evaluated) -> str:
+        source = judgments_of(one.metrics)
+        several = source and not one.metrics.get("dataset") and len(known[one.dataset]) > 1
+        return last_two(Path(source)) if several else one.dataset
+
+    return [replace(one, dataset=told_apart(one)) for one in evaluations]
 
 
 def system_of(metrics: dict, folder: Path) -> str:
@@ -114,11 +134,12 @@ def deciding(metrics: dict) -> dict:
 def gather(evaluations: list[Evaluated]) -> list[System]:
     """The systems in the order given; one that ranked several first stages of a dataset is one of
     each. UserError for what cannot be compared."""
+    evaluations = tell_apart(evaluations)
     systems: list[dict[str, Evaluated]] = []
     for one in evaluations:
         alike = [of for of in systems if next(iter(of.values())).system == one.system]
         for other in (of[one.dataset] for of in alike if one.dataset in of):
-            if other.candidates_hash() == one.candidates_hash():
+            if other.hash_of("candidates") == one.hash_of("candidates"):
                 raise UserError(
                     f"{other.folder} and {one.folder} are {one.dataset} ranked by the same model "
                     "with the same settings: give one of them"
@@ -138,7 +159,7 @@ def refuse_other_judgments(evaluations: list[Evaluated]) -> None:
     first: dict[str, Evaluated] = {}
     for one in evaluations:
         other = first.setdefault(one.dataset, one)
-        qrels = [e.metrics.get("sha256", {}).get("qrels") for e in (other, one)]
+        qrels = [e.hash_of("qrels") for e in (other, one)]
         both = f"{other.folder} and {one.folder}, both {one.dataset},"
         if None not in qrels and qrels[0] != qrels[1]:
             raise UserError(f"{both} were measured by different judgments")

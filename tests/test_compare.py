@@ -142,6 +142,23 @@ def test_one_model_on_two_first_stages(monkeypatch, capsys, tmp_path):
     assert len(re.findall(r"papers' BM25 (50.58|47.96)", " ".join(said.split()))) == 2
 
 
+def test_datasets_of_ones_own_are_named_after_their_judgments(monkeypatch, capsys, tmp_path):
+    own = {"dataset": "", "model": "m"}
+    fake(tmp_path / "a", **own, qrels="1")
+    fake(tmp_path / "b", **own, qrels="2")
+    for name, changes in (("a", {"qrels": "sets/old/qrels.txt"}), ("b", {"beir": "sets/folder"})):
+        path = tmp_path / name / "metrics.json"
+        metrics = json.loads(path.read_text())
+        metrics["settings"] |= changes
+        path.write_text(json.dumps(metrics))
+    said = run(monkeypatch, capsys, tmp_path / "c", tmp_path / "a", tmp_path / "b")
+    assert re.search(r"^ +qrels.txt +folder +average$", said, re.M)
+    metrics["settings"] |= {"qrels": "sets/new/qrels.txt"}
+    path.write_text(json.dumps(metrics))
+    said = run(monkeypatch, capsys, tmp_path / "c", tmp_path / "a", tmp_path / "b")
+    assert re.search(r"^ +old/qrels.txt +new/qrels.txt +average$", said, re.M)
+
+
 def test_other_candidates_are_named(monkeypatch, capsys, tmp_path):
     fake(tmp_path / "a")
     fake(tmp_path / "b", seed=3, candidates="others")

@@ -206,6 +206,19 @@ def test_the_least_relevant_grade_counts_for_yes_and_no_alone(dl19_read, dl19, t
     assert one["ndcg@10"] == two["ndcg@10"] and one["map"] > two["map"]
 
 
+def test_a_query_with_negative_grades_alone_counts_0():
+    """In a process of its own: trec_eval's code ends one on such judgments."""
+    code = (
+        "from measure import per_query; from sources.formats import Candidates, Passage;"
+        "ranked = [Candidates(q, '', (Passage('x', '', 0.0),)) for q in ('a', 'b', 'c')];"
+        "qrels = {'a': {'x': 2}, 'b': {'x': -2}, 'c': {'x': 1, 'y': -9}};"
+        "print([v['ndcg@10'] for v in per_query(ranked, qrels).values()])"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout == "[1.0, 0.0, 1.0]\n", done.stderr
+
+
 # --------------------------------------------------------------------------------- many datasets
 
 
