@@ -13,9 +13,11 @@ import json
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import asdict, fields, replace
+from numbers import Integral
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
@@ -54,17 +56,19 @@ class Rearank:
     model: a Hugging Face name or a folder, as for --model; device: "cuda" where there is one, else
         "cpu"; settings: those of settings.AgentSettings, by name (window_size=10, ...).
 
-    What goes wrong is a ValueError or an OSError with a message of its own.
+    What goes wrong is a ValueError or an OSError with a message of its own. Threads may share a
+    reranker: they take turns.
     """
 
     def __init__(self, model: str | Path = MODEL, device: str | None = None, **settings: Any):
         self.settings = checked(AgentSettings(model=str(model), **settings))
-        self.agent = load_agent(self.settings, torch.device(device) if device else None)
+        self.agent = load_agent(self.settings, usable(device) if device else None)
+        self.turn = RLock()  # which a callback may take again
 
     def rank(
         self,
         query: str,
-        documents: Sequence[str],
+        documents: Iterable[str],
         top_k: int | None = None,
         return_documents: bool = False,
         on_token: OnToken | None = None,
@@ -76,8 +80,8 @@ class Rearank:
 
     def rank_batch(
         self,
-        queries: Sequence[str],
-        documents: Sequence[Sequence[str]],
+        queries: Iterable[str],
+        documents: Iterable[Iterable[str]],
         top_k: int | None = None,
         return_documents: bool = False,
         on_token: OnToken | None = None,
@@ -92,7 +96,10 @@ class Rearank:
             number of its window: lambda text, *_: print(text, end="", flush=True).
         on_window: called with each window (as in Ranking.windows) as soon as it is answered.
         """
-        windows: list[list[dict[str, Any]]] = [[] for _ in queries]
+        if top_k is not None and not (isinstance(top_k, Integral) and top_k >= 0):
+            raise UserError(f"top_k {top_k!r}: expected a whole number from 0, or None for all")
+        candidates = as_candidates(queries, documents)
+        windows: list[list[dict[str, Any]]] = [[] for _ in candidates]
 
         def on_answer(answer: Answer) -> None:
             window = as_window(answer)
@@ -103,13 +110,9 @@ class Rearank:
         def on_text(text: str, shown: Shown) -> None:
             on_token(text, int(shown.query.qid), shown.window)
 
-        ranked = rank_batch(
-            self.agent,
-            self.settings,
-            as_candidates(queries, documents),
-            on_answer,
-            on_text=on_text if on_token else None,
-        )
+        how = {"on_text": on_text if on_token else None}
+        with self.turn:
+            ranked = rank_batch(self.agent, self.settings, candidates, on_answer, **how)
         return [
             Ranking(
                 as_results(query, return_documents)[:top_k],
@@ -130,7 +133,7 @@ class Rearank:
             raise UserError(f"the frame has no column {', '.join(sorted(missing))}")
         if "rank" in results:
             results = results.sort_values("rank", kind="stable")
-        groups = list(results.groupby("qid", sort=False).indices.values())
+        groups = list(results.groupby("qid", sort=False, dropna=False).indices.values())
         rows = [results.iloc[group] for group in groups]
         rankings = self.rank_batch(
             [group["query"].iloc[0] for group in rows], [group["text"].tolist() for group in rows]
@@ -144,19 +147,31 @@ class Rearank:
 
 
 def checked(settings: AgentSettings) -> AgentSettings:
-    """The settings, held to their ranges as the flags are. UserError where one is out of them."""
-    for field in fields(settings):
-        read_setting(field, "", str(getattr(settings, field.name)))
-    return settings
+    """The settings, read as the flags are. UserError where one is out of its range."""
+    given = {field: str(getattr(settings, field.name)) for field in fields(settings)}
+    return replace(settings, **{f.name: read_setting(f, "", text) for f, text in given.items()})
 
 
-def as_candidates(queries: Sequence[str], documents: Sequence[Sequence[str]]) -> list[Candidates]:
+def usable(device: str) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch without CUDA
+        raise UserError(f"device {device}: {error}") from None
+
+
+def in_order(things: Any, what: str) -> list:
+    if isinstance(things, str | bytes | Mapping | Set) or not isinstance(things, Iterable):
+        raise UserError(f"expected a list of {what}, not {type(things).__name__}")
+    return list(things)
+
+
+def as_candidates(queries: Iterable[str], documents: Iterable[Iterable[str]]) -> list[Candidates]:
     """Queries and documents named by their numbers. UserError where they are no texts."""
-    if isinstance(queries, str) or len(queries) != len(documents):
+    queries = in_order(queries, "queries")
+    documents = [in_order(own, "documents") for own in in_order(documents, "lists of documents")]
+    if len(queries) != len(documents):
         raise UserError(f"expected a list of documents for each of {len(queries)} queries")
     for query, own in zip(queries, documents):
-        if isinstance(own, str):
-            raise UserError("expected a list of documents, not one text")
         texts = {"the query": query} | {f"document {i}": text for i, text in enumerate(own)}
         for name, text in texts.items():
             if not isinstance(text, str):

@@ -3,6 +3,7 @@ PyTerrier's frames; and that what goes wrong is an exception."""
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -103,7 +104,10 @@ def test_a_character_of_several_tokens_is_handed_over_whole(reranker):
 @pytest.mark.parametrize(
     ("query", "documents", "message"),
     [
-        ("q", "one text", "a list of documents, not one text"),
+        ("q", "one text", "a list of documents, not str"),
+        ("q", None, "a list of documents, not NoneType"),
+        ("q", {"a", "b"}, "a list of documents, not set"),
+        ("q", {"d1": "a"}, "a list of documents, not dict"),
         ("q", ["a", None], "document 1 is no text but NoneType"),
         (3, ["a"], "the query is no text but int"),
     ],
@@ -111,6 +115,42 @@ def test_a_character_of_several_tokens_is_handed_over_whole(reranker):
 def test_what_is_no_text_is_named(reranker, query, documents, message):
     with pytest.raises(ValueError, match=message):
         reranker.rank(query, documents)
+
+
+def test_what_comes_piece_by_piece_is_a_list(reranker, queries):
+    query, documents = queries[0].query, texts(queries[0])
+    expected = reranker.rank(query, documents)
+    assert reranker.rank(query, (text for text in documents)) == expected
+    assert reranker.rank_batch(iter([query]), iter([iter(documents)])) == [expected]
+
+
+@pytest.mark.parametrize("top_k", [-1, 2.0, "3"])
+def test_how_many_are_returned_is_a_number(reranker, top_k):
+    with pytest.raises(ValueError, match=r"top_k .*: expected a whole number from 0"):
+        reranker.rank("q", ["a", "b"], top_k)
+    assert len(reranker.rank("q", ["a", "b"], 99)) == 2 and reranker.rank("q", ["a"], 0) == []
+
+
+def test_threads_and_callbacks_take_turns(reranker, queries):
+    query, documents = queries[0].query, texts(queries[0])
+    alone, inside = reranker.rank(query, documents), []
+
+    def on_window(window: dict) -> None:
+        inside.append(reranker.rank(query, documents))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(reranker.rank, [query] * 4, [documents] * 4)) == [alone] * 4
+    assert reranker.rank(query, documents, on_window=on_window) == alone
+    assert inside == [alone] * len(alone.windows)
+
+
+def test_a_callback_that_raises_leaves_the_reranker_whole(reranker, queries):
+    query, documents = queries[0].query, texts(queries[0])
+    alone = reranker.rank(query, documents)
+    for callback in ("on_token", "on_window"):
+        with pytest.raises(ZeroDivisionError):
+            reranker.rank(query, documents, **{callback: lambda *_: 1 / 0})
+        assert reranker.rank(query, documents) == alone
 
 
 def test_errors_are_exceptions(reranker, tiny, tmp_path):
@@ -122,6 +162,9 @@ def test_errors_are_exceptions(reranker, tiny, tmp_path):
         Rearank(tiny, task="pointwise")
     with pytest.raises(ValueError, match="--window_size 1: expected a whole number from 2"):
         Rearank(tiny, window_size=1)
+    with pytest.raises(ValueError, match="device nothing: "):
+        Rearank(tiny, device="nothing")
+    assert Rearank(tiny, window_size="4", step_size="2").settings.window_size == 4
     with pytest.raises(TypeError, match="windowsize"):
         Rearank(tiny, windowsize=4)
     with pytest.raises(ValueError, match="step_size must be 1 to window_size"):
@@ -172,6 +215,8 @@ def test_a_frame_is_reranked_within_each_query(reranker, queries):
     without = given.drop(columns=["score", "rank"])
     check_frame(reranker.transform(without), queries, reranker)
     assert reranker.transform(given[:0]).columns.tolist() == given.columns.tolist()
+    nameless = given[given["qid"] == queries[0].qid].assign(qid=None)
+    assert len(reranker.transform(nameless)) == len(nameless) == 9
     with pytest.raises(UserError, match="no column docno, text"):
         reranker.transform(given.drop(columns=["docno", "text"]))
 
