@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from agent import Agent, Answer, Known, Shown, load_agent, rank_batch, rank_windows
+from engine.files import locked
 from engine.flags import parse_settings, program
 from engine.model import some
 from engine.parallel import StopSignal, if_first, is_out_of_memory, processes, say, together
@@ -153,14 +154,17 @@ def from_first(work: Callable[[], T]) -> T:
 
 @contextmanager
 def all_claimed(folders: list[Path]) -> Iterator[None]:
-    """Inside, the folders are this evaluation's alone; on all processes."""
+    """Inside, the folders are this evaluation's alone, held by all processes: where the launcher
+    and some of them are killed, the others still hold it."""
+    first = dist.get_rank() == 0
     with ExitStack() as locks:
 
-        def claim() -> None:
+        def claim(joining: bool) -> None:
             for folder in folders:
-                locks.enter_context(claimed(folder))
+                locks.enter_context(locked(folder, joining=True) if joining else claimed(folder))
 
-        if_first(claim)
+        if_first(lambda: claim(joining=False))
+        together(lambda: None if first else claim(joining=True))
         yield
 
 

@@ -42,6 +42,38 @@ def trec_ndcg(qrels_path, run_path, k: int) -> float:
     return sum(v[f"ndcg_cut_{k}"] for v in values.values()) / len(qrels)
 
 
+KILLED = """
+import os, sys, time
+from pathlib import Path
+from engine.parallel import processes
+from evaluate import all_claimed
+with processes(), all_claimed([Path(sys.argv[1])]):
+    if os.environ["RANK"] == "0":
+        os.kill(os.getppid(), 9)
+        os.kill(os.getpid(), 9)
+    time.sleep(1)
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_start_is_refused_while_any_process_of_the_first_lives(tmp_path):
+    (tmp_path / "job.py").write_text(KILLED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    first = subprocess.Popen(
+        [*launch, tmp_path / "job.py", tmp_path / "out"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    alive = int(first.stdout.readline())
+    try:
+        with pytest.raises(UserError, match="is in use"), answers.claimed(tmp_path / "out"):
+            pass
+    finally:
+        os.kill(alive, signal.SIGKILL)
+        first.wait()
+        first.stdout.close()
+
+
 @pytest.mark.parametrize("reranker, ndcg, windows", [("none", 0.5058, 0), ("oracle", 0.8922, 387)])
 def test_dl19(monkeypatch, capsys, tmp_path, dl19, reranker, ndcg, windows):
     candidates, qrels = dl19
