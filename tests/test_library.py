@@ -234,6 +234,20 @@ def test_it_stands_in_a_pipeline_of_pyterrier(reranker, queries):
 # -------------------------------------------------------------------------- the documentation
 
 
+def test_the_five_lines_of_the_readme_run(tiny, tmp_path, monkeypatch, capsys):
+    readme = Path(__file__).parents[1] / "README.md"
+    (example,) = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
+    assert len([line for line in example.splitlines() if line]) == 5
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "toy").symlink_to(tiny)
+    (tmp_path / "passages.txt").write_text("".join(f"the tide {i}\n" for i in range(10)))
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    assert [line[:10] for line in capsys.readouterr().out.splitlines()] == [
+        f"{rank} the tide" for rank in "123"
+    ]
+
+
 def test_the_examples_of_the_documentation_run(tiny, tmp_path, monkeypatch, capsys):
     document = Path(__file__).parents[1] / "docs" / "library.md"
     examples = re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
