@@ -126,7 +126,7 @@ def measure_all(
     The metrics count the known answers, but their "seconds" are this call's alone, and of all
     datasets together.
 
-    ranker: what `rerank` asks windows by, for the bar; None: it asks none, or nobody knows.
+    ranker: what `rerank` asks windows by, for the bar; None: it asks none, and there is no bar.
     """
     started = time.perf_counter()
     shares = rerank_share(evaluations, rerank, ranker)
@@ -231,8 +231,9 @@ def rerank_share(
 
 
 def window_bar(queries: list[Candidates], ranker: Callable[[int], Ranker] | None) -> tqdm:
-    """A bar of the windows that these queries take, with their number where it is known at all."""
-    world, total, certain = dist.get_world_size(), None, True
+    """A bar of the windows that these queries take; without a ranker they take none, and it is not
+    shown."""
+    world, total, certain = dist.get_world_size(), 0, True
     if ranker:
         total, certain = expected_windows(ranker, [len(query.passages) for query in queries])
     return tqdm(
@@ -241,7 +242,7 @@ def window_bar(queries: list[Candidates], ranker: Callable[[int], Ranker] | None
         unit="w",
         ncols=80,
         leave=None,  # not under the bar of a training
-        disable=dist.get_rank() > 0,
+        disable=dist.get_rank() > 0 or not ranker,
     )
 
 

@@ -8,7 +8,7 @@ small update away; how much of it is left is printed. Here an adapter need not b
 """
 
 import json
-import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 import torch
@@ -33,9 +33,11 @@ def what_it_was_trained_for(adapter: str) -> dict[str, str]:
 @program
 @torch.no_grad()
 def main() -> None:
-    if len(sys.argv) != 3:
-        raise SystemExit("usage: python merge.py ADAPTER OUT")
-    adapter, out = sys.argv[1:]
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("adapter", help="its folder, or its name on the hub")
+    parser.add_argument("out", help="a new folder")
+    inputs = parser.parse_args()
+    adapter, out = inputs.adapter, inputs.out
     base = lora.base_of(adapter)
     if base is None:
         raise UserError(f"{adapter}: no adapter (it has no adapter_config.json)")

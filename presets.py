@@ -1,4 +1,4 @@
-"""Settings by name, for `grpo.py --preset NAME`: the papers' runs, and the offline world.
+"""Settings by name, for --preset NAME of the trainings: the papers' runs, and the offline world.
 
 What a paper does not give keeps this project's default, and is marked so.
 """

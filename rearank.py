@@ -255,7 +255,7 @@ def rerank(inputs: Namespace, sources: SourceSettings, settings: AgentSettings) 
 @program
 def main() -> None:
     others = {
-        "query": {"nargs": "?", "default": ""},
+        "query": {"nargs": "?", "default": "", "help": "one text, in quotes"},
         "passages": {"nargs": "?", "default": "", "help": "a file, one a line; - is stdin"},
         "--qid": {"default": "", "help": "of the candidates: the one query to rank"},
         "--json": {"action": "store_true", "help": "print JSON, a line for each query"},

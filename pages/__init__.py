@@ -1,1 +1,1 @@
-"""The pages that people look at: of a training run, and of an evaluation. See docs/pages.md."""
+"""The pages that people look at: of trainings, evaluations and comparisons. See docs/pages.md."""

@@ -20,7 +20,7 @@ LARGEST = 12_000_000  # characters of passages and windows in a page
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationFolder:
     """What an evaluation's folder tells, but for its windows (`read_windows`)."""
 
     name: str
@@ -84,7 +84,7 @@ def keep_reader(
 # ---------------------------------------------------------------------------- what is read back
 
 
-def read_evaluation(folder: Path) -> Evaluation:
+def read_evaluation(folder: Path) -> EvaluationFolder:
     """UserError where the folder holds no evaluation, or a damaged one."""
     if not (folder / "queries.jsonl").exists():
         raise UserError(f"{folder}: no evaluation to read (it has no queries.jsonl)")
@@ -92,10 +92,10 @@ def read_evaluation(folder: Path) -> Evaluation:
     metrics = read_object(folder / "metrics.json")
     *_, run, name = ("", *folder.resolve().parts)
     name = f"{run}/{name}" if name in ("before", "after") else name  # those of a training
-    return Evaluation(name, folder, metrics, queries)
+    return EvaluationFolder(name, folder, metrics, queries)
 
 
-def read_windows(evaluation: Evaluation, qids: set[str]) -> dict[str, list[dict]]:
+def read_windows(evaluation: EvaluationFolder, qids: set[str]) -> dict[str, list[dict]]:
     """The windows of these queries, in order."""
     windows: dict[str, list[dict]] = {qid: [] for qid in qids}
     for record in read_lines(evaluation.folder / "windows.jsonl"):
@@ -107,7 +107,7 @@ def read_windows(evaluation: Evaluation, qids: set[str]) -> dict[str, list[dict]
 # ------------------------------------------------------------------------------------ the page
 
 
-def compared(evaluations: list[Evaluation]) -> list[tuple[str, list[float]]]:
+def compared(evaluations: list[EvaluationFolder]) -> list[tuple[str, list[float]]]:
     """(qid, the two nDCG@10 that are compared) of the queries that all evaluations have: before
     and after, the greatest loss first; of two evaluations after and after, the greatest difference
     first."""
@@ -123,7 +123,7 @@ def compared(evaluations: list[Evaluation]) -> list[tuple[str, list[float]]]:
     return sorted(pairs, key=lambda pair: -abs(pair[1][1] - pair[1][0]))
 
 
-def with_details(evaluations: list[Evaluation], order: list[str], largest: int) -> set[str]:
+def with_details(evaluations: list[EvaluationFolder], order: list[str], largest: int) -> set[str]:
     """The queries whose passages and windows the page has room for, those in front first."""
     sizes = dict.fromkeys(order, 0)
     for evaluation in evaluations:
@@ -165,7 +165,7 @@ def query_details(records: list[dict], windows: list[list[dict]]) -> dict:
     }
 
 
-def reader_page(evaluations: list[Evaluation], largest: int = LARGEST) -> str:
+def reader_page(evaluations: list[EvaluationFolder], largest: int = LARGEST) -> str:
     """The page of one evaluation, or of two side by side."""
     pairs = compared(evaluations)
     chosen = with_details(evaluations, [qid for qid, _ in pairs], largest)

@@ -85,7 +85,8 @@ def test_dl19(monkeypatch, capsys, tmp_path, dl19, reranker, ndcg, windows):
     for k in (1, 5, 10):
         theirs = trec_ndcg(qrels, tmp_path / "run.txt", k)
         assert metrics["after"][f"ndcg@{k}"] == pytest.approx(theirs, abs=1e-6)
-    assert f"{ndcg}" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"{ndcg}" in said.out and ("windows:" in said.err) == bool(windows)
     lines = (tmp_path / "windows.jsonl").read_text().splitlines()
     assert len(lines) == windows
     assert all(len(json.loads(line)["given"]) == 20 for line in lines)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,16 @@ def test_a_function_is_in_the_file_that_the_documents_name():
     for file, name in named:
         defined = rf"^(def|class) {name}\b|^{name}\b.*="
         assert re.search(defined, (ROOT / file).read_text(), re.MULTILINE), f"{file}: {name}"
+
+
+@pytest.mark.parametrize("name", [p.stem for p in ROOT.glob("*.py") if "@program" in p.read_text()])
+def test_a_program_says_what_it_does(name, monkeypatch, capsys):
+    module = import_module(name)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 0
+    assert module.__doc__.split("\n")[0] in " ".join(capsys.readouterr().out.split())
 
 
 def test_pip_install_says_that_there_is_nothing_to_install(tmp_path):
