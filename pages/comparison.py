@@ -1,14 +1,10 @@
 """The page of a comparison: its tables, each difference drawn query by query, and every query."""
 
-import io
-
 import numpy as np
 from markupsafe import Markup
-from matplotlib import style
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.axes import Axes
 
-from pages.curves import AXES, MOST_POINTS, RULE, SIZE, STYLE, for_the_page
+from pages.curves import MOST_POINTS, RULE, as_svg
 from pages.document import Block
 from pages.render import render
 
@@ -22,20 +18,15 @@ def gains_figure(gains: list[float]) -> Markup:
     falling = np.sort(gains)[::-1]
     parts = np.array_split(falling, min(len(falling), MOST_POINTS))
     heights = [part.mean() for part in parts]
-    with style.context(["default", STYLE]):
-        canvas = Figure(figsize=SIZE)
-        ax = canvas.add_axes(AXES)
+
+    def draw(ax: Axes) -> None:
         colors = [BETTER if height > 0 else WORSE for height in heights]
         ax.bar(range(len(heights)), heights, width=0.8, color=colors)
         ax.axhline(0, color=RULE, linewidth=0.6)
         ax.set_xlim(-0.6, len(heights) - 0.4)
         ax.set_xticks([])
-        ax.yaxis.set_major_locator(MaxNLocator(4, min_n_ticks=3))
-        ax.grid(axis="y", color=RULE, linewidth=0.4)
-        ax.set_axisbelow(True)
-        file = io.StringIO()
-        canvas.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    return for_the_page(file.getvalue())
+
+    return as_svg(draw)
 
 
 def comparison_page(

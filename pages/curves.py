@@ -6,6 +6,7 @@ dark. So one kind of figure stands beside the other, and its text can be found a
 
 import io
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,9 +93,8 @@ def figure(lines: list[Line], from_zero: bool = False) -> Markup:
 
     from_zero: the axis begins there, as for shares and times.
     """
-    with style.context(["default", STYLE]):  # whatever the user's own matplotlibrc says
-        canvas = Figure(figsize=SIZE)
-        ax = canvas.add_axes(AXES)
+
+    def draw_all(ax: Axes) -> None:
         for line in lines:
             draw(ax, line)
         last = max(line.steps[-1] for line in lines)
@@ -104,9 +104,19 @@ def figure(lines: list[Line], from_zero: bool = False) -> Markup:
         if from_zero:
             ax.set_ylim(0, ax.get_ylim()[1] if most else 1)
         ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        ax.yaxis.set_major_locator(MaxNLocator(4, min_n_ticks=3))
         if most >= 1000:
             ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+
+    return as_svg(draw_all)
+
+
+def as_svg(draw: Callable[[Axes], None]) -> Markup:
+    """What is drawn, in a figure of the pages' own style."""
+    with style.context(["default", STYLE]):  # whatever the user's own matplotlibrc says
+        canvas = Figure(figsize=SIZE)
+        ax = canvas.add_axes(AXES)
+        draw(ax)
+        ax.yaxis.set_major_locator(MaxNLocator(4, min_n_ticks=3))
         ax.grid(axis="y", color=RULE, linewidth=0.4)
         ax.set_axisbelow(True)
         file = io.StringIO()
