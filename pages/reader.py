@@ -64,7 +64,7 @@ def query_records(
 
 
 def cut(text: str, length: int) -> str:
-    return text if len(text) <= length else text[:length] + "\N{HORIZONTAL ELLIPSIS}"
+    return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def keep_reader(

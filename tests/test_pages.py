@@ -477,7 +477,8 @@ def test_a_query_is_kept_with_its_judgments_and_gains():
     assert first["final"] == ["d2", "d1", "d0"]
     assert [p["grade"] for p in first["passages"]] == [0, 1, 3]
     assert [p["grade"] for p in second["passages"]] == [1, None, None]
-    assert first["passages"][1]["text"] == ("text 1 " + "x" * 500)[: reader.TEXT]
+    cut = ("text 1 " + "x" * 500)[: reader.TEXT - 1]
+    assert first["passages"][1]["text"] == cut + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def test_texts_together_have_a_bound(monkeypatch):
