@@ -102,6 +102,10 @@ def test_a_document_names_programs_flags_and_files_that_are_there(document):
         assert (document.parent / link).exists(), link
 
 
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 1400
+
+
 def test_a_function_is_in_the_file_that_the_documents_name():
     text = "\n".join(map(text_of, DOCUMENTS))
     named = [(file, name) for name, file in re.findall(r"`(\w+)` in `([\w/]+\.py)`", text)]
