@@ -204,10 +204,8 @@ def other_first_stages(systems: list[System]) -> list[str]:
     for a, b in combinations(systems, 2):
         for dataset in (d for d in b.evaluated if d in a.evaluated):
             one, other = a.evaluated[dataset], b.evaluated[dataset]
-            if (
-                one.hash_of("candidates") != other.hash_of("candidates")
-                or one.before != other.before
-            ):
+            hashes = {e.hash_of("candidates") for e in (one, other)}
+            if len(hashes) > 1 or one.before != other.before:
                 means = [fmean(e.before.values()) for e in (one, other)]
                 notes.append(
                     f"{dataset}: {a.label} and {b.label} ranked other candidates (first stage "
