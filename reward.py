@@ -6,7 +6,7 @@
     r_format1 = 1 where the think and the answer tags are both there
     r_format2 = 1 where the text inside the answer tags is a list like [3] > [1] > [2]
 
-"given" is the order in which the model saw the passages, "answer" the order it replied with,
+"given" is the order in which the model saw the passages, "answer" the order it answered with,
 "best" the passages sorted by their grades. To train on another reward, change this file alone.
 """
 

@@ -20,7 +20,7 @@ CHOICE = re.compile(r"\s*\[[0-9]+\]\s*")
 # -------------------------------------------------------------------------------- the response
 
 
-def parse_choice(completion: str, n: int, reasoning: bool = True) -> Parsed:
+def parse_choice(response: str, n: int, reasoning: bool = True) -> Parsed:
     """Read the one label out of a response. Never raises; linear in its length.
 
     The order is the chosen passage, then the others as given. An answer that names no passage in
@@ -33,13 +33,13 @@ def parse_choice(completion: str, n: int, reasoning: bool = True) -> Parsed:
         <think>..</think> <answer>[4]</answer>         -> 1 2 3, malformed: out of range
         <think> It is [3]                              -> 1 2 3, malformed: cut off
     """
-    thought, reply = split_response(completion)
+    thought, reply = split_response(response)
     answer, closed = read_answer(reply, reasoning)
     named = {int(label) - 1 for label in LABEL.findall(answer)}
     chosen = [i for i in named if len(named) == 1 and 0 <= i < n]
     return Parsed(
         order=chosen + [i for i in range(n) if i not in chosen],
-        tags=well_tagged(completion),
+        tags=well_tagged(response),
         listed=closed and bool(CHOICE.fullmatch(answer)),
         malformed=not chosen,
         reasoning=thought,

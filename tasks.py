@@ -30,12 +30,12 @@ from window import (
 
 @dataclass(frozen=True)
 class Task:
-    """What the programs ask of a task: how to converse, to read a reply, to reward it, to rank many
-    candidates with a model that sees few; and which windows to train on."""
+    """What the programs ask of a task: how to converse, to read a response, to reward it, to rank
+    many candidates with a model that sees few; and which windows to train on."""
 
     does: str  # what its model does with the passages of a window, for the model card
     prompt: Path  # the conversation, as a TOML file
-    parse: Callable[..., Parsed]  # (completion, n, reasoning) -> Parsed
+    parse: Callable[..., Parsed]  # (response, n, reasoning) -> Parsed
     write: Callable[[Sequence[int]], str]  # the answer that gives an order, without its tags
     rewards: dict[str, Callable[..., float]]  # by name: (parsed, grades, judged, weights) -> reward
     ranker: Callable[[int, AgentSettings], Ranker]  # of so many candidates

@@ -1,4 +1,4 @@
-"""One window of passages: how it is shown to the model, how the reply is read, how it slides.
+"""One window of passages: how it is shown to the model, how the response is read, how it slides.
 
 A listwise ranker sees few passages at once (20), and a query has many (100). So the window moves
 from the last candidates to the first, overlapping, and carries the best ones along:
@@ -145,15 +145,15 @@ class Parsed:
     reasoning: str
 
 
-def split_response(completion: str) -> tuple[str, str | None]:
+def split_response(response: str) -> tuple[str, str | None]:
     """What stands before and after the last </think>: the reasoning, and the reply.
 
     The reply is None where the reasoning never ends: a label in there is a thought, no answer.
     """
-    reasoning, closed, reply = completion.rpartition("</think>")
+    reasoning, closed, reply = response.rpartition("</think>")
     if closed:
         return reasoning.replace("<think>", "", 1).strip(), reply
-    reply, opened, reasoning = completion.partition("<think>")
+    reply, opened, reasoning = response.partition("<think>")
     return reasoning.strip(), None if opened else reply
 
 
@@ -168,13 +168,13 @@ def read_answer(reply: str | None, reasoning: bool) -> tuple[str, bool]:
     return answer, bool(closed)
 
 
-def well_tagged(completion: str) -> bool:
+def well_tagged(response: str) -> bool:
     """Whether think and answer tags are all there, each once, in order."""
-    places = [completion.find(tag) for tag in TAGS]
-    return places == sorted(places) and all(completion.count(tag) == 1 for tag in TAGS)
+    places = [response.find(tag) for tag in TAGS]
+    return places == sorted(places) and all(response.count(tag) == 1 for tag in TAGS)
 
 
-def parse_ranking(completion: str, n: int, reasoning: bool = True) -> Parsed:
+def parse_ranking(response: str, n: int, reasoning: bool = True) -> Parsed:
     """Read the ranking of n passages out of a response. Never raises; linear in its length.
 
     A label is a number in square brackets. Inside the answer, labels outside 1..n and repeated
@@ -190,13 +190,13 @@ def parse_ranking(completion: str, n: int, reasoning: bool = True) -> Parsed:
         <think> I prefer [3] to [1]                      -> 1 2 3, malformed: cut off
         [3] > [2] > [1]                                  -> 1 2 3, malformed: no tags
     """
-    thought, reply = split_response(completion)
+    thought, reply = split_response(response)
     answer, closed = read_answer(reply, reasoning)
     labels = (int(label) - 1 for label in LABEL.findall(answer))
     ranked = list(dict.fromkeys(i for i in labels if 0 <= i < n))
     return Parsed(
         order=ranked + sorted(set(range(n)) - set(ranked)),
-        tags=well_tagged(completion),
+        tags=well_tagged(response),
         listed=closed and bool(RANKING.fullmatch(answer)),
         malformed=not ranked,
         reasoning=thought,

@@ -271,9 +271,9 @@ reply_pieces = st.sampled_from(
 
 @given(st.lists(reply_pieces, max_size=20).map("".join), st.integers(1, 30), st.booleans())
 @settings(max_examples=2000, deadline=None)
-def test_parsers_read_anything(completion, n, reasoning):
+def test_parsers_read_anything(response, n, reasoning):
     for parse in (parse_ranking, parse_choice):
-        parsed = parse(completion, n, reasoning)
+        parsed = parse(response, n, reasoning)
         assert sorted(parsed.order) == list(range(n))
         assert not parsed.malformed or parsed.order == list(range(n))
 
@@ -283,11 +283,11 @@ def test_parsers_read_anything(completion, n, reasoning):
               "[0000000001]", "</think><answer>[1]"],
 )  # fmt: skip
 def test_parsers_are_linear(piece):
-    completion = "<think></think><answer>" + piece * (10_000_000 // len(piece))
+    response = "<think></think><answer>" + piece * (10_000_000 // len(piece))
     started = time.monotonic()
-    parse_ranking(completion, 20)
-    parse_choice(completion, 20)
-    parse_ranking(completion[23:], 20, reasoning=False)
+    parse_ranking(response, 20)
+    parse_choice(response, 20)
+    parse_ranking(response[23:], 20, reasoning=False)
     assert time.monotonic() - started < 20
 
 

@@ -84,10 +84,10 @@ def test_too_long_a_window_is_an_error_before_anything_is_sampled(agent):
         rank_batch(agent, long, collection()[0])
 
 
-def permute(completion: str, n: int, reasoning: bool) -> Parsed:
+def permute(response: str, n: int, reasoning: bool) -> Parsed:
     """A parser for a model that writes nonsense: every response means some order."""
-    order = sorted(range(n), key=lambda i: hash((completion, i)))
-    return Parsed(order, True, True, False, completion)
+    order = sorted(range(n), key=lambda i: hash((response, i)))
+    return Parsed(order, True, True, False, response)
 
 
 @pytest.mark.parametrize("max_in_flight", [1, 5, 64])

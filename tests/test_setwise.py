@@ -16,7 +16,7 @@ T = "<think> [2] is nice </think>"
 
 
 @pytest.mark.parametrize(
-    "completion, order, tags, listed, malformed",
+    "response, order, tags, listed, malformed",
     [
         (f"{T} <answer>[3]</answer>", [3, 1, 2], True, True, False),
         (f"{T}<answer> [2]\n</answer>", [2, 1, 3], True, True, False),
@@ -34,15 +34,15 @@ T = "<think> [2] is nice </think>"
         ("", [1, 2, 3], False, False, True),
     ],
 )
-def test_parse(completion, order, tags, listed, malformed):
-    parsed = parse_choice(completion, 3)
+def test_parse(response, order, tags, listed, malformed):
+    parsed = parse_choice(response, 3)
     assert [i + 1 for i in parsed.order] == order
     assert (parsed.tags, parsed.listed, parsed.malformed) == (tags, listed, malformed)
 
 
 @given(st.one_of(st.text(), st.lists(pieces).map("".join)), st.integers(0, 25), st.booleans())
-def test_any_string_gives_a_whole_order(completion, n, reasoning):
-    parsed = parse_choice(completion, n, reasoning)
+def test_any_string_gives_a_whole_order(response, n, reasoning):
+    parsed = parse_choice(response, n, reasoning)
     assert sorted(parsed.order) == list(range(n))
     assert parsed.order[1:] == sorted(parsed.order[1:])
     if parsed.malformed:

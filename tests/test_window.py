@@ -108,7 +108,7 @@ T = "<think> [2] is nice </think>"
 
 
 @pytest.mark.parametrize(
-    "completion, order, tags, listed, malformed",
+    "response, order, tags, listed, malformed",
     [
         (f"{T} <answer>[3] > [1] > [2]</answer>", [3, 1, 2], True, True, False),
         (f"{T}<answer>\n[3]>[1]\n</answer>", [3, 1, 2], True, True, False),  # 2 follows
@@ -134,14 +134,14 @@ T = "<think> [2] is nice </think>"
         ("", [1, 2, 3], False, False, True),
     ],
 )
-def test_parse_with_reasoning(completion, order, tags, listed, malformed):
-    parsed = parse_ranking(completion, 3)
+def test_parse_with_reasoning(response, order, tags, listed, malformed):
+    parsed = parse_ranking(response, 3)
     assert [i + 1 for i in parsed.order] == order
     assert (parsed.tags, parsed.listed, parsed.malformed) == (tags, listed, malformed)
 
 
 @pytest.mark.parametrize(
-    "completion, order, listed, malformed",
+    "response, order, listed, malformed",
     [
         ("[3] > [1] > [2]", [3, 1, 2], True, False),
         ("The order is [3] > [1]", [3, 1, 2], False, False),
@@ -151,8 +151,8 @@ def test_parse_with_reasoning(completion, order, tags, listed, malformed):
         ("no idea", [1, 2, 3], False, True),
     ],
 )
-def test_parse_without_reasoning(completion, order, listed, malformed):
-    parsed = parse_ranking(completion, 3, reasoning=False)
+def test_parse_without_reasoning(response, order, listed, malformed):
+    parsed = parse_ranking(response, 3, reasoning=False)
     assert [i + 1 for i in parsed.order] == order
     assert (parsed.listed, parsed.malformed) == (listed, malformed)
 
@@ -172,8 +172,8 @@ pieces = st.sampled_from(
 
 
 @given(st.one_of(st.text(), st.lists(pieces).map("".join)), st.integers(0, 25), st.booleans())
-def test_any_string_gives_a_whole_order(completion, n, reasoning):
-    parsed = parse_ranking(completion, n, reasoning)
+def test_any_string_gives_a_whole_order(response, n, reasoning):
+    parsed = parse_ranking(response, n, reasoning)
     assert sorted(parsed.order) == list(range(n))
     if parsed.malformed:
         assert parsed.order == list(range(n))
@@ -193,9 +193,9 @@ def test_reasoning_never_ranks(noise, order):
 )
 @pytest.mark.parametrize("frame", ["{}", "</think><answer>{}</answer>", "</think><answer>[{}"])
 def test_a_megabyte_is_parsed_in_linear_time(unit, frame):
-    completion = frame.format(unit * (2**20 // len(unit)))
+    response = frame.format(unit * (2**20 // len(unit)))
     started = time.perf_counter()
-    parse_ranking(completion, 20)
+    parse_ranking(response, 20)
     assert time.perf_counter() - started < 0.5
 
 
