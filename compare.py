@@ -13,7 +13,7 @@ from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 
-from engine.files import write_whole
+from engine.files import damage_named, write_whole
 from engine.flags import program
 from engine.streams import make_unbreakable
 from pages.comparison import comparison_page
@@ -287,12 +287,14 @@ def main() -> None:
         "--output", default="comparison", help="where to write, without its .md and .html"
     )
     inputs = parser.parse_args()
-    systems = gather([read_evaluated(folder) for folder in find_evaluations(inputs.runs)])
-    compared, texts = comparisons(systems), texts_of(systems)
-    blocks = report(systems, compared, texts)
+    with damage_named(*inputs.runs):
+        systems = gather([read_evaluated(folder) for folder in find_evaluations(inputs.runs)])
+        compared, texts = comparisons(systems), texts_of(systems)
+        blocks = report(systems, compared, texts)
+        page = page_of(blocks, systems, compared, texts)
     print(as_text(blocks))
     write_whole(f"{inputs.output}.md", as_markdown(blocks))
-    write_whole(f"{inputs.output}.html", page_of(blocks, systems, compared, texts))
+    write_whole(f"{inputs.output}.html", page)
     print(f"written to {inputs.output}.md and {inputs.output}.html")
 
 

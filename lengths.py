@@ -15,7 +15,7 @@ from statistics import fmean
 import numpy as np
 from scipy.stats import pearsonr, rankdata
 
-from engine.files import read_lines, write_whole
+from engine.files import damage_named, read_lines, write_whole
 from engine.flags import program
 from engine.streams import make_unbreakable
 from pages.document import Block, Heading, Paragraph, Table, as_text
@@ -31,11 +31,16 @@ NO_CAUSE = (
 )
 
 
-def mean_lengths(folder: Path) -> dict[str, dict[str, float]]:
+def mean_lengths(one: Evaluated) -> dict[str, dict[str, float]]:
     """By qid {"tokens": the mean of its windows, "malformed": their share}."""
-    windows = defaultdict(list)
-    for record in read_lines(folder / "windows.jsonl"):
-        if not record.get("too_long"):
+    windows, path = defaultdict(list), one.folder / "windows.jsonl"
+    records = list(read_lines(path))
+    counts = {name: sum(record[name] for record in records) for name in ("tokens", "malformed")}
+    for name, count in {"windows": len(records), **counts}.items():
+        if count != one.metrics[name]:
+            raise UserError(f"{path}: damaged, its {name} are {count}, not {one.metrics[name]}")
+    for record in records:
+        if not record["too_long"]:
             windows[record["qid"]].append(record)
     return {
         qid: {name: fmean(one[name] for one in records) for name in ("tokens", "malformed")}
@@ -55,7 +60,7 @@ def rank_correlation(x: list[float], y: list[float]) -> dict[str, float | None]:
 
 def analyse(one: Evaluated) -> dict:
     """Everything about one evaluation, as it is written."""
-    lengths = mean_lengths(one.folder)
+    lengths = mean_lengths(one)
     qids = sorted((qid for qid in one.after if qid in lengths), key=lambda q: lengths[q]["tokens"])
     if not qids:
         raise UserError(f"{one.folder}: no window was asked of a model")
@@ -139,7 +144,8 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="folders of evaluate.py")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/lengths"))
     inputs = parser.parse_args()
-    every = [analyse(read_evaluated(folder)) for folder in find_evaluations(inputs.runs)]
+    with damage_named(*inputs.runs):
+        every = [analyse(read_evaluated(folder)) for folder in find_evaluations(inputs.runs)]
     for found in every:
         print(as_text(blocks_of(found)))
     print(as_text([Paragraph(NO_CAUSE)]))

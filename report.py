@@ -10,7 +10,7 @@ Several go into one page, --output (default: report.html).
 from argparse import ArgumentParser
 from pathlib import Path
 
-from engine.files import write_whole
+from engine.files import damage_named, write_whole
 from engine.flags import program
 from pages.curves import RUNS
 from pages.reader import read_evaluation, reader_page
@@ -26,9 +26,10 @@ def page_of(folders: list[Path]) -> str:
     most, what = (2, "evaluations") if any(evaluations) else (RUNS, "training runs")
     if len(folders) > most:
         raise UserError(f"one page holds at most {most} {what}, not {len(folders)}")
-    if any(evaluations):
-        return reader_page([read_evaluation(folder) for folder in folders])
-    return run_page([read_run(folder) for folder in folders])
+    with damage_named(*folders):
+        if any(evaluations):
+            return reader_page([read_evaluation(folder) for folder in folders])
+        return run_page([read_run(folder) for folder in folders])
 
 
 @program

@@ -132,6 +132,19 @@ def read_json(path: str | Path) -> dict:
     return read
 
 
+@contextmanager
+def damage_named(*folders: Path) -> Iterator[None]:
+    """Inside, what fails because files in the folders hold other things than were written there is
+    UserError, which names them."""
+    try:
+        yield
+    except (UserError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"{', '.join(map(str, folders))}: a file is damaged ({what})") from error
+
+
 def read_lines(path: str | Path) -> Iterator[dict]:
     """The JSON lines of a log, none where there is no log. A last line without its end, which
     may be under way, is left out; UserError for any other that is not an object."""

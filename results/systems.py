@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from string import ascii_uppercase
 
 from engine.files import read_json, read_lines
@@ -83,6 +84,9 @@ def read_evaluated(folder: Path) -> Evaluated:
         raise UserError(f"{path}: damaged, a line without qid or {MEASURE}") from None
     if not lines:
         raise UserError(f"{path}: no query in it")
+    for when, values in (("before", before), ("after", after)):
+        if not abs(fmean(values.values()) - 100 * metrics[when][MEASURE]) < 1e-4:
+            raise UserError(f"{path}: damaged, its mean {MEASURE} {when} is not {METRICS}'s")
     return Evaluated(
         folder, dataset_of(metrics), system_of(metrics, folder), metrics, before, after
     )

@@ -219,6 +219,9 @@ def with_windows(folder: Path, tokens: list[int]) -> Path:
     ]
     lines.append({"qid": "q0", "tokens": 0, "malformed": True, "too_long": True})  # was not asked
     (folder / "windows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    counts = {name: sum(line[name] for line in lines) for name in ("tokens", "malformed")}
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps(metrics | counts | {"windows": len(lines)}))
     return folder
 
 
@@ -253,5 +256,9 @@ def test_lengths_that_tell_nothing(monkeypatch, capsys, tmp_path):
     said = capsys.readouterr().out
     assert said.count("cannot be told") == 4 and "nan" not in said
     assert "NaN" not in (tmp_path / "out" / "lengths.json").read_text()
+    with (few / "windows.jsonl").open("a") as file:
+        file.write('{"tokens": 1, "malformed": false}\n')
+    with pytest.raises(SystemExit, match=r"windows\.jsonl: damaged, its windows are 8, not 7"):
+        run(monkeypatch, lengths, few, "--output_dir", tmp_path / "out")
     with pytest.raises(SystemExit, match="no window was asked of a model"):
         run(monkeypatch, lengths, fake(tmp_path / "none"), "--output_dir", tmp_path / "out")

@@ -17,6 +17,8 @@ from pages.document import Heading, Paragraph, Table, as_markdown, as_text
 from results.papers import AVERAGED, SOURCES, reported
 from sources.registry import DATASETS
 
+SURE = '{"qid": "q", "before": {"ndcg@10": 1}, "after": {"ndcg@10": 1}}\n'
+
 
 def fake(
     folder: Path, gain: float = 0.1, dataset: str = "dl19", queries: int = 8, **changes
@@ -38,6 +40,9 @@ def fake(
     metrics = {
         "dataset": dataset,
         "queries": queries,
+        **dict.fromkeys(("windows", "tokens", "malformed"), 0),
+        "before": {"ndcg@10": before.mean()},
+        "after": {"ndcg@10": after.mean()},
         "settings": settings | {k: v for k, v in changes.items() if k not in hashes},
         "sha256": hashes | {k: v for k, v in changes.items() if k in hashes},
     }
@@ -174,6 +179,8 @@ def test_other_candidates_are_named(monkeypatch, capsys, tmp_path):
         ({}, "are dl19 ranked by the same model with the same settings: give one"),
         ({"unfinished.json": "{}"}, "b: the evaluation is unfinished"),
         ({"per_query.jsonl": '{"qid": "q1"}\n'}, "per_query.jsonl: damaged"),
+        ({"per_query.jsonl": SURE}, "damaged, its mean ndcg@10 before is not metrics.json's"),
+        ({"metrics.json": "{}"}, r"a, .*b: a file is damaged \(KeyError: 'before'\)"),
         ({"per_query.jsonl": ""}, "per_query.jsonl: no query in it"),
         ({"metrics.json": "[]"}, "metrics.json: damaged"),
         (None, "no evaluation here"),

@@ -592,3 +592,11 @@ def test_report_says_what_it_cannot_show(tmp_path, monkeypatch, folders, message
     (fake_run(tmp_path / "damaged", steps=1) / "settings.json").write_text("{")
     with pytest.raises(SystemExit, match=message):
         write_report(monkeypatch, *(tmp_path / folder for folder in folders))
+
+
+@pytest.mark.parametrize("file", ["queries.jsonl", "windows.jsonl"])
+def test_a_page_of_damaged_files_is_refused_by_name(tmp_path, file):
+    folder = fake_evaluation(tmp_path / "hurt")
+    (folder / file).write_text('{"qid": "q0"}\n')
+    with pytest.raises(UserError, match=rf"{folder}: a file is damaged \(KeyError: "):
+        report.page_of([folder])
