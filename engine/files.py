@@ -121,8 +121,11 @@ def open_locked(path: Path, joining: bool):
             return file
 
 
-def read_json(path: str | Path) -> dict:
-    """The object in a JSON file. UserError, naming the file, where it holds none."""
+def read_json(path: str | Path, missing: dict | None = None) -> dict:
+    """The object in a JSON file; `missing`, where that is given, if there is no file. UserError,
+    naming the file, where it holds none."""
+    if missing is not None and not Path(path).exists():
+        return missing
     try:
         read = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -1,16 +1,8 @@
 """What a folder's JSON files tell, and how a page lists it."""
 
 from collections.abc import Iterator
-from pathlib import Path
-
-from engine.files import read_json
 
 LONGEST = 40
-
-
-def read_object(path: Path) -> dict:
-    """A JSON object, {} where there is no file."""
-    return read_json(path) if path.exists() else {}
 
 
 def flat(facts: dict, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.files import one_line, read_lines, write_whole
+from engine.files import one_line, read_json, read_lines, write_whole
 from engine.parallel import say
-from pages.facts import flat, read_object
+from pages.facts import flat
 from pages.render import render
 from reward import ndcg_at_k
 from settings import UserError
@@ -89,7 +89,7 @@ def read_evaluation(folder: Path) -> EvaluationFolder:
     if not (folder / "queries.jsonl").exists():
         raise UserError(f"{folder}: no evaluation to read (it has no queries.jsonl)")
     queries = {record["qid"]: record for record in read_lines(folder / "queries.jsonl")}
-    metrics = read_object(folder / "metrics.json")
+    metrics = read_json(folder / "metrics.json", missing={})
     *_, run, name = ("", *folder.resolve().parts)
     name = f"{run}/{name}" if name in ("before", "after") else name  # those of a training
     return EvaluationFolder(name, folder, metrics, queries)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from engine.files import read_lines, write_whole
+from engine.files import read_json, read_lines, write_whole
 from engine.parallel import say
 from pages.curves import Line, figure
-from pages.facts import flat, plain, read_object
+from pages.facts import flat, plain
 from pages.render import render, script_json
 from settings import SftSettings, TrainSettings, UserError
 
@@ -77,12 +77,14 @@ class TrainingRun:
 
 def read_run(folder: Path) -> TrainingRun:
     """UserError where the folder holds no training run, or a damaged one."""
-    settings = read_object(folder / "settings.json")
+    settings = read_json(folder / "settings.json", missing={})
     if not settings:
         raise UserError(f"{folder}: no training run (it has no settings.json)")
-    facts = read_object(folder / "provenance.json")
+    facts = read_json(folder / "provenance.json", missing={})
     held_out = {}
-    before, after = (read_object(folder / name / "held_out.json") for name in ("before", "after"))
+    before, after = (
+        read_json(folder / name / "held_out.json", missing={}) for name in ("before", "after")
+    )
     for figures in (
         before | {"step": 0},
         *read_lines(folder / "held_out.jsonl"),

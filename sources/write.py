@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 
-from engine.files import locked, refuse_foreign, write_whole
+from engine.files import locked, read_json, refuse_foreign, write_whole
 from engine.provenance import hash_files, provenance
 from settings import SourceSettings, UserError
 from sources.formats import Candidates, candidates_lines, write_candidates
@@ -63,16 +63,7 @@ def is_whole(folder: Path) -> bool:
 
 def read_manifest(folder: Path) -> dict:
     """Nothing where there is none. UserError where it is damaged."""
-    path = folder / MANIFEST
-    if not path.exists():
-        return {}
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        manifest = None
-    if not isinstance(manifest, dict):
-        raise UserError(f"{path}: damaged, no JSON object; delete it with what it tells of")
-    return manifest
+    return read_json(folder / MANIFEST, missing={})
 
 
 def sources_of(names: Iterable[str], given: SourceSettings) -> dict:
