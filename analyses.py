@@ -117,15 +117,16 @@ def orders(settings: AnalysisSettings, agent: AgentSettings, root: Path) -> list
 
 
 def windows(settings: AnalysisSettings, agent: AgentSettings, root: Path) -> list[Variant]:
-    """WINDOW:STEP each."""
-    variants = []
+    """WINDOW:STEP each; the sorts of setwise know no step, and take each window once."""
+    variants: dict[str, Variant] = {}
     for size in settings.sizes:
         window, _, step = size.partition(":")
         if not (window.isdecimal() and step.isdecimal() and 1 <= int(step) <= int(window) > 1):
             raise UserError(f"--sizes {size}: expected WINDOW:STEP, the step at most the window")
         sized = replace(agent, window_size=int(window), step_size=int(step))
-        variants.append(Variant(f"{window} by {step}", sized))
-    return variants
+        name = f"{window} by {step}" if agent.task == "listwise" else window
+        variants.setdefault(name, Variant(name, sized))
+    return [*variants.values()]
 
 
 ANALYSES = {each.__name__: each for each in (reasoning, passes, orders, windows)}

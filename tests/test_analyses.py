@@ -72,6 +72,12 @@ def test_windows_of_the_oracle_on_dl19(monkeypatch, capsys, tmp_path, dl19):
     assert capsys.readouterr().out.count("nothing is left to do") == 2 and rows_of(tmp_path) == rows
 
 
+def test_setwise_takes_each_window_once(monkeypatch, tmp_path, small):
+    args = ["windows", "--candidates", small[0], "--qrels", small[1], "--reranker", "oracle"]
+    run(monkeypatch, analyses, *args, "--task", "setwise", "--output_dir", tmp_path / "a")
+    assert list(rows_of(tmp_path / "a")) == ["20", "10", "40"]
+
+
 def test_orders_are_those_that_are_named(monkeypatch, tmp_path, small):
     flags = ["orders", "--candidates", small[0], "--qrels", small[1], "--reranker", "none"]
     for name in ("a", "b"):
