@@ -21,12 +21,11 @@ import torch.distributed as dist
 from agent import Agent
 from engine.files import read_json, refuse_foreign, write_whole
 from engine.flags import parse_settings, program
-from engine.parallel import StopSignal, processes, say, together
+from engine.parallel import StopSignal, from_first, processes, say, together
 from engine.streams import make_unbreakable
 from evaluate import (
     all_claimed,
     explain,
-    from_first,
     load_judged,
     load_model,
     measure_sets,

@@ -19,7 +19,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,7 +27,15 @@ from agent import Agent, Answer, Known, Shown, load_agent, rank_batch, rank_wind
 from engine.files import locked
 from engine.flags import parse_settings, program
 from engine.model import some
-from engine.parallel import StopSignal, if_first, is_out_of_memory, processes, say, together
+from engine.parallel import (
+    StopSignal,
+    from_first,
+    if_first,
+    is_out_of_memory,
+    processes,
+    say,
+    together,
+)
 from engine.streams import make_unbreakable
 from measure import Evaluation, Reranker, measurable, measure_all
 from results.answers import UNFINISHED, begin, claimed, finished, kept_windows
@@ -40,8 +47,6 @@ from sources.registry import GROUPS, expand
 from sources.trec import Qrels
 from tasks import TASKS, settle
 from window import NoAnswer
-
-T = TypeVar("T")
 
 
 def load_judged(names: list[str], sources: SourceSettings, reranker: str) -> list[JudgedSet]:
@@ -143,13 +148,6 @@ def explain(error: BaseException, stop: StopSignal, folders: list[Path], in_flig
 
 
 # --------------------------------------------------------------------------------------- the whole
-
-
-def from_first(work: Callable[[], T]) -> T:
-    """What `work` returns on process 0, on all; an error there is one on all."""
-    box = [if_first(work)]
-    dist.broadcast_object_list(box)
-    return box[0]
 
 
 @contextmanager

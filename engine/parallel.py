@@ -114,6 +114,13 @@ def if_first(work: Callable[[], T]) -> T | None:
     return together(lambda: work() if dist.get_rank() == 0 else None)
 
 
+def from_first(work: Callable[[], T]) -> T:
+    """`if_first`, and its result on all."""
+    box = [if_first(work)]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
 def balanced(costs: Sequence[float], parts: int) -> list[list[int]]:
     """The indices of costs in `parts` shares of about the same total: the costliest first, each to
     the share that has least so far (within 4/3 of the best split; Graham 1969). Where there are
