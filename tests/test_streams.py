@@ -80,3 +80,10 @@ def test_what_can_be_printed_is(tmp_path):
     closed = io.StringIO()
     closed.close()
     Unbreakable(closed).flush()
+
+
+def test_a_character_that_a_terminal_lacks_costs_no_more_than_itself():
+    script = "from engine.streams import make_unbreakable as f; f(); print('caf\\u00e9, 1.5')"
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True)
+    assert done.stdout == b"caf?, 1.5\n"
