@@ -211,20 +211,22 @@ def read_queries(inputs: Namespace, sources: SourceSettings) -> list[Candidates]
         if not found:
             raise UserError(f"--qid {inputs.qid}: not among {len(candidates)} queries")
         return found
-    if not inputs.passages:
+    if not inputs.query.strip() or not inputs.passages:
         raise UserError("give a query and a file of passages (- is stdin), or --candidates FILE")
-    lines = [line for line in read_text(inputs.passages).split("\n") if line.strip()]
-    if not lines:
+    if inputs.qid:
+        raise UserError("--qid chooses among --candidates: passages from a file have one query")
+    lines = enumerate(read_text(inputs.passages).split("\n"), start=1)
+    passages = tuple(Passage(str(i), line, 0.0) for i, line in lines if line.strip())
+    if not passages:
         raise UserError(f"{inputs.passages}: no passage in it (expected one a line)")
-    passages = tuple(Passage(str(i), line, 0.0) for i, line in enumerate(lines, start=1))
     return [Candidates("", inputs.query, passages)]
 
 
 def read_text(path: str) -> str:
     try:
         if path == "-":
-            return sys.stdin.buffer.read().decode("utf-8")
-        return Path(path).read_text("utf-8")
+            return sys.stdin.buffer.read().decode("utf-8-sig")
+        return Path(path).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read passages: {error}") from None
 

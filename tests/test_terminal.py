@@ -41,7 +41,7 @@ def passages(tmp_path) -> Path:
     path = tmp_path / "passages.txt"
     lines = [passage.text for passage in collection()[0][0].passages]
     lines[3] += " \x1b[31mred " + "tide " * 40
-    path.write_text("\n\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n")
     return path
 
 
@@ -82,6 +82,15 @@ def test_passages_from_a_pipe(command, passages):
     assert command("why tides", "-", stdin=passages.read_bytes())[0] == from_file
 
 
+def test_a_passage_is_named_by_its_line(command, tmp_path):
+    """In a file as Windows writes it, with lines left empty."""
+    (tmp_path / "file.txt").write_bytes(b"\xef\xbb\xbfthe tide\r\n\r\n \r\nthe moon\r\n")
+    (window,) = json.loads(command("why", tmp_path / "file.txt", "--json")[0])["windows"]
+    assert window["given"] == ["1", "4"]
+    (record,) = command("why", "-", "--json", stdin=b"\xef\xbb\xbfthe tide\n")[0].splitlines()
+    assert json.loads(record)["ranking"][0]["text"] == "the tide"
+
+
 def test_candidates_of_one_query_or_of_all(command, small):
     out, _ = command("--candidates", small[0], "--json")
     candidates = read_candidates(small[0])
@@ -103,6 +112,8 @@ def test_candidates_of_one_query_or_of_all(command, small):
         (["why"], "give a query and a file of passages"),
         (["why", "no/such/file"], "no/such/file: cannot read passages"),
         (["why", "-"], "-: no passage in it"),
+        (["", "-"], "give a query and a file of passages"),
+        (["why", "-", "--qid", "3"], "--qid chooses among --candidates"),
         (["--candidates", "CANDIDATES", "--qid", "q9"], "--qid q9: not among 6 queries"),
         (["why", "--candidates", "CANDIDATES"], "not both"),
     ],
