@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from toy_learning import OUT, train
+from toy_learning import train
 
 import toy
 from agent import load_agent, rank_batch
@@ -42,11 +42,6 @@ def count(candidates, qrels, rerank) -> dict:
             "tokens": metrics["tokens"]}  # fmt: skip
 
 
-def trained_model(task: str) -> Path:
-    run = OUT / f"{task}-{SEED}-reward"
-    return run if (run / "after").exists() else train(task, SEED, "reward")
-
-
 def print_table(name: str, rows: dict[str, dict]) -> None:
     print(f"\n{name}\n\n| | nDCG@10 | model calls | passages shown | tokens generated |")
     print("|---|---|---|---|---|")
@@ -60,7 +55,7 @@ def main() -> None:
     for way, settings in WAYS.items():
         files = toy.prepare(SEED, settings["task"])
         agent_settings = AgentSettings(
-            model=str(trained_model(settings["task"])),
+            model=str(train(settings["task"], SEED, "reward")),
             prompt=files["prompt"],
             window_size=toy.SIZE,
             step_size=toy.SIZE // 2,

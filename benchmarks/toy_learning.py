@@ -2,7 +2,7 @@
 
     python benchmarks/toy_learning.py listwise 11 12 13        # 6 minutes a seed on one core
     python benchmarks/toy_learning.py setwise 11 12 13
-    python benchmarks/toy_learning.py listwise 92 93 --dtype bfloat16 --steps 100 --no_control
+    python benchmarks/toy_learning.py listwise 91 92 93 --dtype bfloat16
 
 For each seed (of the world, the warm start and the training alike), greedy and held out, nDCG@10
 of the reranked candidates (listwise) or the share of windows whose best passage is named (setwise):
@@ -11,8 +11,7 @@ of the reranked candidates (listwise) or the share of windows whose best passage
     after     the trained one
     demo      the demonstrator that the warm start imitated, its noise taken out
     swapped   the trained model, every window shown with another query
-    shuffled  the model trained alike, but with the rewards shuffled within each group (the
-              control that --no_control leaves out: it takes half of the time)
+    shuffled  the model trained alike, but with the rewards shuffled within each group
     form      the share of well-formed responses, after; and after training on shuffled rewards
 
 Written to benchmarks/toy_learning.jsonl as well, one line a seed.
@@ -50,10 +49,10 @@ OUT = Path(__file__).parents[1] / "runs" / "toy_learning"
 FIGURE = {"listwise": "ndcg@10", "setwise": "window_reward"}
 
 
-def train(task: str, seed: int, name: str, dtype: str, steps: int) -> Path:
+def train(task: str, seed: int, name: str, dtype: str = "float32") -> Path:
     settings = TrainSettings(
         preset="toy", task=task, seed=seed, dtype=dtype,
-        output_dir=str(OUT / f"{task}-{seed}-{name}-{dtype}"), **toy.PRESET | {"steps": steps},
+        output_dir=str(OUT / f"{task}-{seed}-{name}-{dtype}"), **toy.PRESET,
     )  # fmt: skip
     return grpo.train(settings)
 
@@ -136,14 +135,8 @@ def held_out(task: str, run: Path, when: str) -> float:
     return json.loads((run / when / "held_out.json").read_text())[FIGURE[task]]
 
 
-def measure(
-    task: str,
-    seed: int,
-    dtype: str = "float32",
-    steps: int = toy.PRESET["steps"],
-    control: bool = True,
-) -> dict:
-    run = train(task, seed, "reward", dtype, steps)
+def measure(task: str, seed: int, dtype: str = "float32") -> dict:
+    run = train(task, seed, "reward", dtype)
     files = toy.prepare(seed, task)
     sampling = TrainSettings(seed=seed, **toy.PRESET | {"draws": 3})
     windows = TASKS[task].training_set(
@@ -154,20 +147,19 @@ def measure(
         "task": task,
         "seed": seed,
         "dtype": dtype,
-        "steps": steps,
         "before": held_out(task, run, "before"),
         "after": held_out(task, run, "after"),
         "demo": demonstrator_figure(task, files, windows),
         "swapped": swapped_figure(task, run, files, windows, dtype),
         "form": well_formed(task, run),
-    } | (measure_control(task, seed, dtype, steps) if control else {})
+    } | measure_control(task, seed, dtype)
 
 
-def measure_control(task: str, seed: int, dtype: str, steps: int) -> dict:
+def measure_control(task: str, seed: int, dtype: str) -> dict:
     score = rollout.score
     rollout.score = shuffled(score, seed)
     try:
-        run = train(task, seed, "shuffled", dtype, steps)
+        run = train(task, seed, "shuffled", dtype)
     finally:
         rollout.score = score
     return {"shuffled": held_out(task, run, "after"), "shuffled_form": well_formed(task, run)}
@@ -179,12 +171,10 @@ def main() -> None:
     parser.add_argument("task", choices=FIGURE)
     parser.add_argument("seeds", type=int, nargs="+")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--steps", type=int, default=toy.PRESET["steps"])
-    parser.add_argument("--no_control", action="store_true")
     args = parser.parse_args()
     rows = []
     for seed in args.seeds:
-        rows.append(measure(args.task, seed, args.dtype, args.steps, not args.no_control))
+        rows.append(measure(args.task, seed, args.dtype))
         with open(Path(__file__).with_suffix(".jsonl"), "a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
     print("| " + " | ".join(rows[0]) + " |")
