@@ -17,6 +17,7 @@ from settings import UserError
 
 PROMPTS, RESPONSES, STEPS = (19, 4), ((7, 2), (5,)), 3  # in tokens
 WHOLE_ROW_ROPES = ("dynamic", "longrope")
+LAYERS = {"full_attention", "sliding_attention"}  # others may differ beyond the probe's lengths
 LARGEST = {  # of what a config may ask for, so that a damaged one ends at once
     "num_hidden_layers": 1000,
     "vocab_size": 10**7,
@@ -31,6 +32,11 @@ def check_family(config: PreTrainedConfig) -> None:
     for name, most in LARGEST.items():
         if not 0 < getattr(config, name, 1) <= most:
             raise UserError(f"{name} in its config.json is {getattr(config, name)}")
+    if others := set(getattr(config, "layer_types", None) or ()) - LAYERS:
+        raise UserError(
+            f"{config.model_type} has layers of type {min(others)}: only full attention and "
+            "sliding windows are supported"
+        )
     if config.to_dict().get("quantization_config"):
         raise UserError("its weights are quantized, which is not supported: load it unquantized")
     if name := hub_kernel(config):
@@ -80,7 +86,8 @@ def probe(policy: Policy, name: str) -> None:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a model's code makes of what it was not written for
-        raise UserError(f"--model {name}: {kind} models cannot be used here: {error}") from error
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"--model {name}: {kind} models cannot be used here: {what}") from error
     # Rounding alone is a few eps, or more where even the plain model, read token by token, differs
     # from itself; what is wrong is wrong by far more.
     allowed = 1e-3 + 20 * torch.finfo(policy.computing).eps + 5 * itself

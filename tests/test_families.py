@@ -151,11 +151,27 @@ def test_sampling_with_huge_key_biases_is_as_exact_as_the_plain_model(dtype):
 # ------------------------------------------------------------------------------- what is refused
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "stablelm", "deepseek_v3", "jamba", "qwen3_next"])
+@pytest.mark.parametrize("kind", ["gpt2", "stablelm", "deepseek_v3"])
 def test_what_the_engine_would_get_wrong_is_refused_in_one_sentence(kind):
     changes = {"n_embd": 32, "n_head": 4, "n_layer": 2} if kind == "gpt2" else {"head_dim": 8}
     with pytest.raises(UserError, match=f"--model it: {kind} models (cannot be used|go wrong)"):
         probe(Policy(model(kind, **changes)), "it")
+
+
+@pytest.mark.parametrize(
+    "kind, layers",
+    [
+        ("jamba", "linear_attention"),
+        ("qwen3_next", "linear_attention"),
+        ("llama4_text", "chunked_attention"),
+        ("deepseek_v32", "indexed_attention"),
+        ("lfm3", "conv"),
+    ],
+)
+def test_layers_that_are_not_plain_attention_are_refused_by_name(kind, layers):
+    """Chunks and indexes of thousands of tokens, which no short probe can see, among them."""
+    with pytest.raises(UserError, match=f"{kind} has layers of type {layers}: only full att"):
+        check_family(AutoConfig.for_model(kind))
 
 
 def test_a_head_that_the_engine_would_skip_is_found(monkeypatch):
