@@ -8,6 +8,7 @@ from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Callable, Iterator
 from dataclasses import Field, fields
 from functools import wraps
+from io import TextIOWrapper
 from pathlib import Path
 from signal import SIGINT
 from typing import Any, NoReturn, get_args, get_origin
@@ -21,10 +22,13 @@ BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "
 
 
 def program(main: Callable[[], None]) -> Callable[[], None]:
-    """`main` as a program: what a user did, or can mend, ends it with one message, no traceback."""
+    """`main` as a program: what a user did, or can mend, ends it with one message, no traceback;
+    a character that the terminal lacks is printed as its escape, and ends nothing."""
 
     @wraps(main)
     def run() -> None:
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is
         try:
             main()
         except (UserError, OSError) as error:

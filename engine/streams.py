@@ -3,7 +3,6 @@
 import os
 import sys
 from contextlib import suppress
-from io import TextIOWrapper
 from typing import Any, TextIO
 
 
@@ -27,11 +26,9 @@ class Unbreakable:
 
 
 def make_unbreakable() -> None:
-    """From here on, sys.stdout and sys.stderr are so; what they cannot encode becomes a "?"."""
+    """From here on, sys.stdout and sys.stderr are so."""
     for name in ("stdout", "stderr"):
         if not isinstance(getattr(sys, name), Unbreakable):
             # None where it was closed before the program began.
             stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
-            if isinstance(stream, TextIOWrapper):
-                stream.reconfigure(errors="replace")
             setattr(sys, name, Unbreakable(stream))

@@ -82,8 +82,8 @@ def test_what_can_be_printed_is(tmp_path):
     Unbreakable(closed).flush()
 
 
-def test_a_character_that_a_terminal_lacks_costs_no_more_than_itself():
-    script = "from engine.streams import make_unbreakable as f; f(); print('caf\\u00e9, 1.5')"
+def test_a_character_that_the_terminal_lacks_is_escaped():
+    script = "from engine.flags import program; program(lambda: print('caf\\u00e9, 1.5'))()"
     env = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True)
-    assert done.stdout == b"caf?, 1.5\n"
+    assert done.stdout == b"caf\\xe9, 1.5\n", done.stderr
