@@ -62,7 +62,7 @@ def analyse(one: Evaluated) -> dict:
     """Everything about one evaluation, as it is written."""
     lengths = mean_lengths(one)
     qids = sorted((qid for qid in one.after if qid in lengths), key=lambda q: lengths[q]["tokens"])
-    if not qids:
+    if not any(lengths[qid]["tokens"] for qid in qids):
         raise UserError(f"{one.folder}: no window was asked of a model")
     queries = [
         {

@@ -1,10 +1,12 @@
 """BM25, the first stage."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 from tqdm import tqdm
 
+from settings import UserError
 from sources.formats import Candidates, Passage
 from sources.lucene import open_index, stored_text
 
@@ -40,9 +42,17 @@ def search_bm25(
             for qid in some:
                 kept = (h for h in hits[qid] if h.docid.strip() not in left_out.get(qid, ()))
                 passages = tuple(read_hit(index, hit) for hit, _ in zip(kept, range(k)))
+                refuse_twice(index, [passage.docid for passage in passages])
                 found.append(Candidates(qid, topics[qid], passages))
             bar.update(len(some))
     return found
+
+
+def refuse_twice(index: str | Path, docids: list[str]) -> None:
+    """UserError where several documents have one docid: neither is the one that was judged."""
+    for docid, times in Counter(docids).items():
+        if times > 1:
+            raise UserError(f"{index}: docid {docid} is that of {times} documents; index each once")
 
 
 def read_hit(index: str | Path, hit) -> Passage:

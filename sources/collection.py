@@ -52,13 +52,16 @@ def collection_files(path: Path) -> list[Path]:
 
 
 def collection_texts(path: str | Path, docids: Collection[str]) -> dict[str, str]:
-    """The text of each docid, as the reranker reads it. UserError where some are not there."""
+    """The text of each docid, as the reranker reads it. UserError where some are not there, or are
+    met a second time with another text."""
     wanted, texts = set(docids), {}
     with tqdm(desc=f"texts of {Path(path).name}", unit=" documents", ncols=80, leave=False) as bar:
         for where, docid, record in read_documents(path):
             bar.update()
             if docid in wanted:
-                texts[docid] = document_text(where, record)
+                text = document_text(where, record)
+                if texts.setdefault(docid, text) != text:
+                    raise UserError(f"{where}: docid {docid} had another text before")
                 if len(texts) == len(wanted):
                     break
     return all_there(texts, docids, path)

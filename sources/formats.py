@@ -146,7 +146,7 @@ def document_text(where: str, doc: dict[str, Any]) -> str:
     if name is None:
         raise UserError(f"{where}: none of the text fields {', '.join(TEXT_FIELDS)}")
     text = field(where, doc, name, str)
-    title = field(where, doc, "title", str) if doc.get("title") else ""
+    title = field(where, doc, "title", str).strip() if doc.get("title") else ""
     # pyserini's "contents" is often title and text in one already, and "" starts every text.
     return text if text.startswith(title) else f"Title: {title} Content: {text}"
 

@@ -267,4 +267,7 @@ def test_lengths_that_tell_nothing(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit, match=r"windows\.jsonl: damaged, its windows are 8, not 7"):
         run(monkeypatch, lengths, few, "--output_dir", tmp_path / "out")
     with pytest.raises(SystemExit, match="no window was asked of a model"):
+        oracle = with_windows(tmp_path / "oracle", [0] * 8)
+        run(monkeypatch, lengths, oracle, "--output_dir", tmp_path / "out")
+    with pytest.raises(SystemExit, match="no window was asked of a model"):
         run(monkeypatch, lengths, fake(tmp_path / "none"), "--output_dir", tmp_path / "out")

@@ -125,6 +125,13 @@ def test_bm25_text_of_titled_documents(tmp_path):
     assert query.passages[0].text == "Title: Pests Content: flea"
 
 
+def test_bm25_refuses_one_docid_of_two_documents(tmp_path):
+    twice = [{"id": "a", "contents": "flea one"}, {"id": "a", "contents": "flea two"}]
+    index = build_index(tmp_path, twice, "-storeRaw")
+    with pytest.raises(UserError, match="index: docid a is that of 2 documents"):
+        search_bm25(index, {"1": "flea"})
+
+
 def test_bm25_refuses_what_is_no_index(tmp_path):
     with pytest.raises(ValueError, match="no-such: neither a directory nor a prebuilt BM25 index"):
         search_bm25("no-such", {"1": "q"})

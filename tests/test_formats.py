@@ -216,12 +216,14 @@ def test_document_text_fields(tmp_path, field):
         {field: "some text", "title": "Title"},
         {field: "some text", "title": ""},
         {field: "some text", "title": None},
+        {field: "some text", "title": "  "},
         {field: "Title\nsome text", "title": "Title"},
     ]
     (query,) = read_candidates(saved(tmp_path, json.dumps(rankllm(1, *docs))))
     assert [p.text for p in query.passages] == [
         "some text",
         "Title: Title Content: some text",
+        "some text",
         "some text",
         "some text",
         "Title\nsome text",

@@ -247,6 +247,9 @@ def test_titles_are_shown_whatever_the_form(tmp_path):
             {"id": "2", "contents": "T\nx", "title": "T"},
         )
     )
+    (tmp_path / "twice.tsv").write_text("a\tone\na\tone\na\ttwo\nb\tlast\n")
+    with pytest.raises(UserError, match=r"twice\.tsv:3: docid a had another text before"):
+        collection_texts(tmp_path / "twice.tsv", ["a", "b"])
     assert collection_texts(tmp_path / "a.jsonl", ["1", "2"]) == {
         "1": "Title: Tides Content: pull", "2": "T\nx",
     }  # fmt: skip
