@@ -45,6 +45,8 @@ def read_table(path: str | Path) -> tuple[list[Candidates], Qrels]:
         found.append(Passage(docid, row["passage"], 0.0))
         if row["label"]:
             qrels[qid][docid] = parse_number(where, "label", row["label"], int)
+    if not queries:
+        raise UserError(f"{path}: no row under the names")
     candidates = [Candidates(q, query, tuple(passages[q])) for q, query in queries.items()]
     return candidates, {qid: judged for qid, judged in qrels.items() if judged}
 

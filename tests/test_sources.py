@@ -441,6 +441,7 @@ def test_a_table_is_candidates_and_judgments(tmp_path):
     "text, message",
     [
         ("", ": the file is blank"),
+        ("query,passage,label\n", ": no row under the names"),
         ("query,passage\na,b\n", ":1: expected query, passage, label, or a row of names"),
         ("a,b,1\na,c\n", ":2: 2 columns, expected query, passage, label"),
         ("a,b,good\n", ":1: label should be an integer"),
