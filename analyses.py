@@ -11,6 +11,7 @@ Each variant is an evaluation in a folder there, so that what is finished is not
 
 import json
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from agent import Agent
 from engine.files import read_json, refuse_foreign, write_whole
 from engine.flags import parse_settings, program
-from engine.parallel import StopSignal, from_first, processes, say, together
+from engine.parallel import StopSignal, from_first, if_first, processes, say, together
 from engine.streams import make_unbreakable
 from evaluate import (
     all_claimed,
@@ -119,11 +120,15 @@ def windows(settings: AnalysisSettings, agent: AgentSettings, root: Path) -> lis
     """WINDOW:STEP each; the sorts of setwise know no step, and take each window once."""
     variants: dict[str, Variant] = {}
     for size in settings.sizes:
-        window, _, step = size.partition(":")
-        if not (window.isdecimal() and step.isdecimal() and 1 <= int(step) <= int(window) > 1):
-            raise UserError(f"--sizes {size}: expected WINDOW:STEP, the step at most the window")
-        sized = replace(agent, window_size=int(window), step_size=int(step))
-        name = f"{window} by {step}" if agent.task == "listwise" else window
+        found = re.fullmatch("([0-9]{1,4}):([0-9]{1,4})", size)
+        window, step = map(int, found.groups()) if found else (0, 0)
+        if not (2 <= window <= 1000 and 1 <= step <= window):
+            raise UserError(
+                f"--sizes {size:.60}: expected WINDOW:STEP, the window from 2 to 1,000, the step "
+                "at most the window"
+            )
+        sized = replace(agent, window_size=window, step_size=step)
+        name = f"{window} by {step}" if agent.task == "listwise" else str(window)
         variants.setdefault(name, Variant(name, sized))
     return [*variants.values()]
 
@@ -181,13 +186,18 @@ def analyse(
     default = default_root(name, datasets, sources, evaluate, agent_settings)
     root = Path(evaluate.output_dir or default)
     folders: list[Path] = []
+    if name == "windows":
+        windows(settings, agent_settings, root)  # before the weights: sizes may be misspelt
+    if settings.without:
+        load_prompt(settings.without)
     with processes() as device, StopSignal() as stop:
         try:
             sets = from_first(lambda: load_judged(datasets, sources, evaluate.reranker))
-            from_first(lambda: claim(root, name))
+            if_first(lambda: refuse_another(root, name))
             agent, settled = together(lambda: load(evaluate.reranker, agent_settings, device))
             bench = Bench(sets, sources, evaluate, agent, root)
             variants = together(lambda: ANALYSES[name](settings, settled, root))
+            if_first(lambda: claim(root, name))
             for variant in variants:
                 folders = bench.folders(variant)
                 measure_variant(bench, variant)
@@ -211,14 +221,17 @@ def default_root(
     return one.with_name(f"{name}-{one.name}")
 
 
-def claim(root: Path, name: str) -> None:
+def refuse_another(root: Path, name: str) -> None:
     """UserError where the folder holds something else, or another analysis."""
     refuse_foreign(root, [RESULT])
+    if (root / RESULT).exists() and (other := read_json(root / RESULT).get("analysis")) != name:
+        raise UserError(f"{root} holds the analysis {other}: give another --output_dir")
+
+
+def claim(root: Path, name: str) -> None:
     root.mkdir(parents=True, exist_ok=True)
     if not (root / RESULT).exists():
         write_whole(root / RESULT, json.dumps({"analysis": name}) + "\n")
-    elif (other := read_json(root / RESULT).get("analysis")) != name:
-        raise UserError(f"{root} holds the analysis {other}: give another --output_dir")
 
 
 def load(

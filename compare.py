@@ -22,6 +22,7 @@ from results.paired import Paired, holm, interval, paired, probability, queries_
 from results.papers import AVERAGED, SOURCES, TWO_TRAININGS, reported
 from results.systems import Evaluated, System, find_evaluations, gather, read_evaluated
 from sources.registry import BEIR, BRIGHT, DL
+from terminal import plain
 
 SUITES = {"TREC DL": ("dl", DL), "BEIR": ("beir", BEIR), "BRIGHT": ("bright", BRIGHT)}
 SAME_BM25 = 0.1  # points: BRIGHT's figures have one digit
@@ -148,14 +149,14 @@ def extremes(gains: dict[str, float], queries: dict[str, str], most: int = 3) ->
     gained = [qid for qid in reversed(order[-most:]) if gains[qid] > 0]
 
     def told(qids: list[str]) -> str:
-        texts = (f"{qid} {gains[qid]:+.1f} ({cut(queries.get(qid, ''))})" for qid in qids)
+        texts = (f"{plain(qid)} {gains[qid]:+.1f} ({cut(queries.get(qid, ''))})" for qid in qids)
         return ", ".join(texts).replace(" ()", "") or "none"
 
     return f"lost most: {told(lost)}; gained most: {told(gained)}."
 
 
 def cut(text: str, length: int = 40) -> str:
-    text = " ".join(text.split())
+    text = plain(text)  # a stranger's, in a terminal
     return text if len(text) <= length else text[: length - 3] + "..."
 
 

@@ -40,9 +40,10 @@ from engine.packed import Policy, logits_of
 from engine.parallel import gathered, shard
 from engine.sampler import Sample, Sampler, draw
 from rollout import Rollout, windows_at_once
-from settings import DryRunSettings, TrainSettings
+from settings import MODEL, DryRunSettings, TrainSettings, UserError
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+LARGEST_GROUP = 10**7  # tokens; as a row of more, this program's own lists would fill its memory
 COLLECTIVES = {"_allgather_base_", "_reduce_scatter_base_"}
 
 
@@ -266,8 +267,14 @@ def sample(
 def full_micro_batch(settings: TrainSettings, how: DryRunSettings) -> MicroBatch:
     """The largest row that an update may make of one group after the other."""
     length = how.response_tokens or settings.max_new_tokens
-    samples = [Sample([0] * length, [0.0] * length) for _ in range(settings.group_size)]
     tokens = how.prompt_tokens + settings.group_size * length
+    if tokens > LARGEST_GROUP:
+        raise UserError(
+            f"--dry_run: {settings.group_size} responses of {length:,} tokens to a prompt of "
+            f"{how.prompt_tokens:,} are {tokens:,} tokens; no machine updates more than "
+            f"{LARGEST_GROUP:,} at once"
+        )
+    samples = [Sample([0] * length, [0.0] * length) for _ in range(settings.group_size)]
     groups = 1 + settings.max_tokens_per_micro_batch // tokens
     rollouts = [
         Rollout(i, None, [0] * how.prompt_tokens, samples, [], None, torch.ones(len(samples)))
@@ -282,6 +289,8 @@ def full_micro_batch(settings: TrainSettings, how: DryRunSettings) -> MicroBatch
 
 def table(settings: TrainSettings, how: DryRunSettings, add_gradient: Callable) -> str:
     """The phases of a step and what a whole step takes, to print."""
+    if settings.preset == "toy" and settings.model == MODEL:
+        raise UserError("--dry_run: --preset toy makes its own model when it trains: give --model")
     phases = run_phases(settings, how, add_gradient)
     kinds = dict.fromkeys(kind for phase in phases.values() for kind in phase.peak)
     rows = [("GB of each GPU", *phases)]

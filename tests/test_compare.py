@@ -244,3 +244,9 @@ def test_markdown_shows_names_as_they_are():
     blocks = [Table(["", "x"], [["a|b_c", "1"]]), Paragraph("<b> [1] *")]
     text = as_markdown(blocks)
     assert text == "|  | x |\n| --- | ---: |\n| a\\|b\\_c | 1 |\n\n\\<b\\> \\[1\\] \\*\n"
+
+
+def test_a_query_cannot_write_to_the_terminal():
+    gains = {"q\x1b[2J": 1.0}
+    said = compare.extremes(gains, {"q\x1b[2J": "tide\x1b]0;pwned\x07 \u202emoon"})
+    assert said == "lost most: none; gained most: q[2J +1.0 (tide]0;pwned moon)."

@@ -248,3 +248,22 @@ def test_memory_that_really_runs_out_is_told_from_other_errors():
     with pytest.raises(RuntimeError) as raised:
         torch.empty(10**15)
     assert is_out_of_memory(raised.value)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"preset": "toy"}, "--preset toy makes its own model when it trains: give --model"),
+        (
+            {"group_size": 65_536, "max_new_tokens": 10**6},
+            r"65536 responses of 1,000,000 tokens to",
+        ),
+    ],
+)
+def test_what_has_no_cost_to_tell_is_refused(tmp_path, changes, message):
+    config().save_pretrained(tmp_path)
+    settings = TrainSettings(
+        **({"model": str(tmp_path)} if "preset" not in changes else {}) | changes
+    )
+    with pytest.raises(UserError, match=message):
+        dry_run.table(settings, DryRunSettings(), grpo.add_gradient)
