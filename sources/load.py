@@ -93,8 +93,11 @@ def unfold_beir(given: SourceSettings) -> SourceSettings:
         raise UserError(f"--beir {folder}: no corpus.jsonl in it")
     files = {"topics": "queries.jsonl", "qrels": "qrels/test.tsv"}
     files |= {} if given.index else {"collection": "corpus.jsonl"}
-    unset = {k: str(folder / file) for k, file in files.items() if not getattr(given, k)}
-    return replace(given, **unset)
+    unset = {flag: file for flag, file in files.items() if not getattr(given, flag)}
+    for flag, file in unset.items():
+        if not (folder / file).exists():
+            raise UserError(f"--beir {folder}: no {file} in it: give it by --{flag} FILE")
+    return replace(given, **{flag: str(folder / file) for flag, file in unset.items()})
 
 
 def refuse_both(given: SourceSettings) -> None:

@@ -300,6 +300,7 @@ def test_a_named_dataset_leaves_out_the_query_itself_and_what_pyserini_excludes(
         ({"candidates": "x.json"}, r"give --candidates or --run, not both"),
         ({"index": "x"}, r"give --index or --collection, not both"),
         ({"beir": "{}/empty"}, r"--beir .*empty: no corpus\.jsonl in it"),
+        ({"beir": "{}/half", "qrels": ""}, r"half: no qrels/test\.tsv in it: give it by --qrels F"),
     ],
 )
 def test_what_is_missing_or_too_much_is_said(tmp_path, files, change, message):
@@ -310,6 +311,8 @@ def test_what_is_missing_or_too_much_is_said(tmp_path, files, change, message):
     (tmp_path / "one.tsv").write_text("1\tx\n")
     (tmp_path / "other.txt").write_text("7 0 d 1\n")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "corpus.jsonl").touch()
     given = files | {"collection": str(tmp_path / "all.tsv")}
     given |= {name: value.format(tmp_path) for name, value in change.items()}
     with pytest.raises(UserError, match=message):
