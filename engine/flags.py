@@ -6,6 +6,7 @@ import re
 import sys
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import Field, fields
 from functools import wraps
 from io import TextIOWrapper
@@ -28,7 +29,8 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
     @wraps(main)
     def run() -> None:
         if isinstance(sys.stdout, TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is
+            with suppress(OSError):  # what cannot be written to is not the program's end
+                sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is
         try:
             main()
         except (UserError, OSError) as error:

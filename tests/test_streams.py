@@ -87,3 +87,15 @@ def test_a_character_that_the_terminal_lacks_is_escaped():
     env = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True)
     assert done.stdout == b"caf\\xe9, 1.5\n", done.stderr
+
+
+def test_an_output_that_becomes_a_pipe_ends_nothing(tmp_path):
+    script = (
+        "import os; from engine.flags import program; _, pipe = os.pipe(); os.dup2(pipe, 1); "
+        f"program(lambda: open({str(tmp_path / 'ran')!r}, 'w'))()"
+    )
+    with open(tmp_path / "out", "w") as out:
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, stdout=out, stderr=subprocess.PIPE
+        )
+    assert done.returncode == 0 and (tmp_path / "ran").exists(), done.stderr
