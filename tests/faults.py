@@ -1,7 +1,7 @@
 """Real runs, killed and hurt: what is lost?
 
     python tests/faults.py            # a few of each fault, some minutes on two cores
-    python tests/faults.py --long     # more than 100 kills; or --times 5, of each fault at most
+    python tests/faults.py --long     # some 140; or --times 5, of each fault at most
 
 Every run is compared with one that nothing happened to: it must end with the same weights, bit for
 bit, and have logged the same figures and responses for every step. Prints docs/faults.md's table.
