@@ -81,7 +81,7 @@ def passes(settings: AnalysisSettings, agent: AgentSettings, root: Path) -> list
     def of_pass(number: int) -> Order:
         def order(candidates: list[Candidates], dataset: str) -> list[Candidates]:
             run = read_run(root / f"pass-{number}" / dataset / "run.txt")
-            return [in_order(query, [docid for docid, _ in run[query.qid]]) for query in candidates]
+            return [reorder(query, [docid for docid, _ in run[query.qid]]) for query in candidates]
 
         return order
 
@@ -89,7 +89,7 @@ def passes(settings: AnalysisSettings, agent: AgentSettings, root: Path) -> list
     return [Variant("pass 1", agent), *later]
 
 
-def in_order(query: Candidates, docids: list[str]) -> Candidates:
+def reorder(query: Candidates, docids: list[str]) -> Candidates:
     passages = {passage.docid: passage for passage in query.passages}
     return replace(query, passages=tuple(passages[docid] for docid in docids))
 

@@ -159,7 +159,7 @@ def usable(device: str) -> torch.device:
         raise UserError(f"device {device}: {error}") from None
 
 
-def in_order(things: Any, what: str) -> list:
+def as_list(things: Any, what: str) -> list:
     if isinstance(things, str | bytes | Mapping | Set) or not isinstance(things, Iterable):
         raise UserError(f"expected a list of {what}, not {type(things).__name__}")
     return list(things)
@@ -167,8 +167,8 @@ def in_order(things: Any, what: str) -> list:
 
 def as_candidates(queries: Iterable[str], documents: Iterable[Iterable[str]]) -> list[Candidates]:
     """Queries and documents named by their numbers. UserError where they are no texts."""
-    queries = in_order(queries, "queries")
-    documents = [in_order(own, "documents") for own in in_order(documents, "lists of documents")]
+    queries = as_list(queries, "queries")
+    documents = [as_list(own, "documents") for own in as_list(documents, "lists of documents")]
     if len(queries) != len(documents):
         raise UserError(f"expected a list of documents for each of {len(queries)} queries")
     for query, own in zip(queries, documents):
