@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.chat import decode_response, encode_chat, text_stream
 from engine.model import TooLong, check_length, choose_dtype, end_tokens, load_whole
-from engine.packed import Policy
+from engine.policy import Policy
 from engine.sampler import Request, Sample, Sampler
 from settings import AgentSettings, UserError
 from sources.formats import Candidates, Passage

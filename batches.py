@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.packed import Group, Policy, Row, pack_row, response_logprobs
+from engine.packed import Group, Row, pack_row, response_logprobs
 from engine.parallel import all_gather, all_reduce, balanced
+from engine.policy import Policy
 from rollout import Rollout
 from settings import TrainSettings
 

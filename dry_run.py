@@ -36,8 +36,8 @@ from transformers import PreTrainedConfig
 
 from batches import MicroBatch, micro_batches
 from engine.model import choose_dtype, load_config, on_meta, prepare
-from engine.packed import Policy, logits_of
 from engine.parallel import gathered, shard
+from engine.policy import Policy, logits_of
 from engine.sampler import Sample, Sampler, draw
 from rollout import Rollout, windows_at_once
 from settings import MODEL, DryRunSettings, TrainSettings, UserError

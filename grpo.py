@@ -36,7 +36,7 @@ from data import TrainingWindow, batch_at
 from engine.files import read_lines
 from engine.flags import parse_settings, program
 from engine.model import choose_dtype, load_policy, load_reference
-from engine.packed import Policy, response_logprobs
+from engine.packed import response_logprobs
 from engine.parallel import (
     StopSignal,
     all_reduce,
@@ -46,6 +46,7 @@ from engine.parallel import (
     say,
     together,
 )
+from engine.policy import Policy
 from engine.run import Run, in_folder, model_card
 from engine.streams import make_unbreakable
 from engine.watch import say_what_taught, watcher

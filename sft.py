@@ -28,8 +28,9 @@ from batches import MicroBatch, make_optimizer, my_share, take_step, training
 from data import batch_at
 from engine.flags import parse_settings, program
 from engine.model import choose_dtype, load_policy
-from engine.packed import Policy, response_logprobs
+from engine.packed import response_logprobs
 from engine.parallel import StopSignal, explained, processes, say, together
+from engine.policy import Policy
 from engine.run import Run, in_folder, model_card
 from engine.streams import make_unbreakable
 from held_out import (

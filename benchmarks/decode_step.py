@@ -20,7 +20,7 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from engine.packed import Policy
+from engine.policy import Policy
 from engine.sampler import Request, Sampler
 
 LAYERS, ROWS, PROMPT, STEPS = 28, 8, 64, 30

@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from test_families import biased, model
 
-from engine.packed import Group, Policy, pack_row, response_logprobs
+from engine.packed import Group, pack_row, response_logprobs
+from engine.policy import Policy
 from engine.sampler import Request, Sampler
 
 FAMILIES = "qwen2 qwen3 llama mistral_window gemma3_text phi3 qwen3_moe".split()

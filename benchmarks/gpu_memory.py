@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import dry_run
 import grpo
 from engine.model import prepare
-from engine.packed import Policy
 from engine.parallel import gathered, processes, shard
+from engine.policy import Policy
 from engine.sampler import Request, Sampler
 from rollout import Rollout
 from settings import DryRunSettings, TrainSettings

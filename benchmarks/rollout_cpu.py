@@ -17,7 +17,7 @@ from step_cpu import load, make_model, prompt_ids
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from engine.packed import Policy
+from engine.policy import Policy
 from engine.sampler import Request, Sampler
 
 P, G, C = 1536, 8, 160

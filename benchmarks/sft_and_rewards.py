@@ -38,7 +38,7 @@ import sft
 import toy
 from agent import Agent, rank_batch
 from engine.model import load_lm
-from engine.packed import Policy
+from engine.policy import Policy
 from measure import mean, per_query
 from settings import AgentSettings, SftSettings, TrainSettings
 from sources import formats, trec

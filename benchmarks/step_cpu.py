@@ -85,8 +85,8 @@ def prompt_ids(folder: Path, tokenizer) -> list[int]:
 def ours(folder: Path, group: int, length: int, repeats: int) -> dict:
     """The programs' own functions: Sampler, group_advantages, update."""
     import grpo
-    from engine.packed import Policy
     from engine.parallel import gathered, processes, shard
+    from engine.policy import Policy
     from engine.sampler import Request, Sampler
     from rollout import Rollout
     from settings import TrainSettings

@@ -36,7 +36,7 @@ import toy
 from agent import Agent, rank_batch, rank_windows
 from data import TrainingWindow
 from engine.model import load_lm
-from engine.packed import Policy
+from engine.policy import Policy
 from measure import mean, per_query
 from rollout import sample_and_score
 from settings import AgentSettings, TrainSettings

@@ -31,8 +31,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.files import read_json
-from engine.packed import Policy
 from engine.parallel import all_gather, non_finite, reshard, together
+from engine.policy import Policy
 from settings import UserError
 
 FACTS = "checkpoint.json"

@@ -25,8 +25,8 @@ from transformers.utils import is_flash_attn_2_available
 from engine import lora
 from engine.chat import encode_chat
 from engine.hub import require_model
-from engine.packed import Policy
 from engine.parallel import gathered, non_finite, shard_from_first, together
+from engine.policy import Policy
 from engine.probe import check_dropout, check_family, probe
 from settings import RunSettings, UserError
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache
 
-from engine.packed import Group, Policy, pack_row, response_logprobs
+from engine.packed import Group, pack_row, response_logprobs
+from engine.policy import Policy
 from engine.sampler import Request, Sampler
 from settings import UserError
 

@@ -29,8 +29,8 @@ from transformers import PreTrainedTokenizerBase
 from engine import checkpoint, folder
 from engine.events import write_events
 from engine.files import append_lines, write_whole
-from engine.packed import Policy
 from engine.parallel import Interrupted, StopSignal, if_first, say, together
+from engine.policy import Policy
 from settings import RunSettings, UserError
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from engine.cache import SharedCache
-from engine.packed import Policy, logits_of
+from engine.policy import Policy, logits_of
 
 
 @dataclass(frozen=True)

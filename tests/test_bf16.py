@@ -20,8 +20,8 @@ from test_packed import naive_logprobs, tiny_lm
 
 import grpo
 from agent import load_agent, rank_batch
-from engine.packed import Policy
 from engine.parallel import shard
+from engine.policy import Policy
 from grpo import policy_loss
 from settings import AgentSettings, TrainSettings, UserError
 from sources.formats import read_candidates

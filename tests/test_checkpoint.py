@@ -16,8 +16,9 @@ from test_packed import tiny_lm
 import grpo
 from engine import checkpoint, folder, lora
 from engine.files import append_lines
-from engine.packed import Policy, pack_row, response_logprobs
+from engine.packed import pack_row, response_logprobs
 from engine.parallel import shard
+from engine.policy import Policy
 from settings import TrainSettings, UserError
 
 SETTINGS = {"learning_rate": 0.01, "seed": 3}

@@ -10,8 +10,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import dry_run
 import grpo
-from engine.packed import Policy
 from engine.parallel import explained, gathered, is_out_of_memory, shard
+from engine.policy import Policy
 from engine.sampler import Request, Sample, Sampler
 from rollout import Rollout, windows_at_once
 from settings import DryRunSettings, TrainSettings, UserError

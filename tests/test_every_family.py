@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from engine import probe
-from engine.packed import Policy
+from engine.policy import Policy
 from settings import UserError
 
 SMALL = {

@@ -11,7 +11,8 @@ from test_packed import collect_all, naive_logprobs
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from engine.model import load_config, load_lm, load_whole, non_finite
-from engine.packed import Group, Policy, pack_row, response_logprobs
+from engine.packed import Group, pack_row, response_logprobs
+from engine.policy import Policy
 from engine.probe import check_dropout, check_family, differences, probe
 from engine.sampler import Request, Sampler
 from settings import UserError

@@ -6,7 +6,8 @@ import torch
 from test_families import GROUPS, model
 from test_packed import collect_all, naive_logprobs
 
-from engine.packed import Policy, pack_row, response_logprobs
+from engine.packed import pack_row, response_logprobs
+from engine.policy import Policy
 from engine.sampler import Request, Sampler
 
 

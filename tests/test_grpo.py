@@ -23,8 +23,9 @@ import rollout
 from batches import micro_batches
 from data import batch_at
 from engine import model
-from engine.packed import Group, Policy
+from engine.packed import Group
 from engine.parallel import Interrupted, shard
+from engine.policy import Policy
 from engine.sampler import Sample
 from grpo import group_advantages, k3, policy_loss
 from rollout import Rollout

@@ -18,7 +18,8 @@ import merge
 from agent import load_agent, rank_batch
 from engine import lora
 from engine.model import load_lm, load_policy
-from engine.packed import Group, Policy, pack_row, response_logprobs
+from engine.packed import Group, pack_row, response_logprobs
+from engine.policy import Policy
 from settings import AgentSettings, TrainSettings, UserError
 from sources.formats import read_candidates
 from tasks import settle

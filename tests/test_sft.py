@@ -19,8 +19,9 @@ from batches import make_optimizer
 from data import TrainingWindow
 from engine.chat import decode_response, encode_response, reply_end
 from engine.model import load_lm
-from engine.packed import Group, Policy
+from engine.packed import Group
 from engine.parallel import Interrupted, StopSignal, shard
+from engine.policy import Policy
 from engine.sampler import Sample
 from evaluate import evaluate
 from lessons import as_rollout, best_response, encode_lessons, load_lessons

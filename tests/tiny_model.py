@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from agent import encode_window
-from engine.packed import Group, Policy, pack_row, response_logprobs
+from engine.packed import Group, pack_row, response_logprobs
+from engine.policy import Policy
 from sources import formats
 from window import LISTWISE_PROMPT, load_prompt
 
