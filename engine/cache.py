@@ -42,6 +42,21 @@ class Filled:
         return cls(lengths, begin, mask, width, window)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A layer's keys and values of B prompts or responses, and the views of them that the kernels
+    want. They are made once: a view costs the host as much as a small kernel."""
+
+    kv: list[Tensor]  # k and v, each [B, room, H_kv, D]
+    flat: list[Tensor]  # each [B * room, H_kv, D]
+    by_heads: list[Tensor]  # each [B, H_kv, room, D]
+
+    @classmethod
+    def of(cls, kv: list[Tensor]) -> "Kept":
+        flat = [x.view(-1, *x.shape[2:]) for x in kv]
+        return cls(kv, flat, [x.transpose(1, 2) for x in kv])
+
+
 class SharedCache:
     """The keys and values of S prompts, and of the R responses under way to them.
 
@@ -53,8 +68,8 @@ class SharedCache:
     def __init__(self, max_new_tokens: int, device: torch.device):
         self.max_new_tokens, self.device = max_new_tokens, device
         self.windows: list[int | None] = []  # per layer
-        self.prompt_kv: list[list[Tensor]] = []  # per layer k and v, each [S, P, H_kv, D]
-        self.own_kv: list[list[Tensor]] = []  # per layer k and v, each [R, W, H_kv, D]
+        self.prompts_kept: list[Kept] = []  # per layer, of [S, P, H_kv, D]
+        self.own_kept: list[Kept] = []  # per layer, of [R, W, H_kv, D]
         self.prompt_len = np.zeros(0, np.int64)  # [S]
         self.own_len = np.zeros(0, np.int64)  # [R]
         self.slot = np.zeros(0, np.int64)  # [R]: each response's prompt; rising
@@ -72,11 +87,11 @@ class SharedCache:
             prompt = [x[:, :0] if window else x for x in kv]
             if i == len(self.windows):
                 self.windows.append(window)
-                self.prompt_kv.append([x.contiguous() for x in prompt])
-                self.own_kv.append([x.contiguous() for x in own])
+                self.prompts_kept.append(Kept.of([x.contiguous() for x in prompt]))
+                self.own_kept.append(Kept.of([x.contiguous() for x in own]))
             else:
-                self.prompt_kv[i] = stack(self.prompt_kv[i], prompt)
-                self.own_kv[i] = stack(self.own_kv[i], own)
+                self.prompts_kept[i] = Kept.of(stack(self.prompts_kept[i].kv, prompt))
+                self.own_kept[i] = Kept.of(stack(self.own_kept[i].kv, own))
         self.place_rows()
 
     def keep(self, rows: list[int]) -> None:
@@ -85,9 +100,10 @@ class SharedCache:
         self.own_len, self.prompt_len = self.own_len[rows], self.prompt_len[slots]
         stay, used = self.on_device(rows), self.on_device(slots)
         longest = int(self.prompt_len.max(initial=0))
-        for i in range(len(self.own_kv)):
-            self.prompt_kv[i] = [x[:, :longest].index_select(0, used) for x in self.prompt_kv[i]]
-            self.own_kv[i] = [x.index_select(0, stay) for x in self.own_kv[i]]
+        for i, (prompts, own) in enumerate(zip(self.prompts_kept, self.own_kept)):
+            prompts = [x[:, :longest].index_select(0, used) for x in prompts.kv]
+            self.prompts_kept[i] = Kept.of(prompts)
+            self.own_kept[i] = Kept.of([x.index_select(0, stay) for x in own.kv])
         self.place_rows()
 
     def on_device(self, values: Sequence, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -119,12 +135,13 @@ class SharedCache:
     def make_room(self, window: int | None, width: int, most: int) -> int:
         """Let the own caches of layers with this window hold `width` tokens; how many they hold."""
         layers = [i for i, other in enumerate(self.windows) if other == window]
-        room = self.own_kv[layers[0]][0].shape[1]
+        room = self.own_kept[layers[0]].kv[0].shape[1]
         if width <= room:
             return room
         larger = min(-(-width // CHUNK) * CHUNK, most)
         for i in layers:
-            self.own_kv[i] = [F.pad(x, (0, 0, 0, 0, 0, larger - room)) for x in self.own_kv[i]]
+            pad = (0, 0, 0, 0, 0, larger - room)
+            self.own_kept[i] = Kept.of([F.pad(x, pad) for x in self.own_kept[i].kv])
         return larger
 
     def attend(
@@ -132,52 +149,43 @@ class SharedCache:
     ) -> Tensor:
         """One new token per response: q [R, H, 1, D], k and v [R, H_kv, 1, D] -> [R, 1, H, D]."""
         cells, filled = self.own[window]
-        own, prompt = self.own_kv[layer], self.prompt_kv[layer]
-        for cache, new in zip(own, (k, v)):
-            cache.flatten(0, 1).index_copy_(0, cells, new.squeeze(2))
+        own, prompt = self.own_kept[layer], None if window else self.prompts_kept[layer]
+        for cache, new in zip(own.flat, (k, v)):
+            cache.index_copy_(0, cells, new.squeeze(2))
+        q = q.reshape(len(q), k.shape[1], -1, q.shape[3])  # [R, H_kv, group, D]
         attend = self.attend_on_gpu if on_gpu(q) else self.attend_on_cpu
-        return attend(q.squeeze(2), own, filled, None if window else prompt, scale).unsqueeze(1)
+        return attend(q, own, filled, prompt, scale).flatten(1, 2).unsqueeze(1)
 
     def attend_on_gpu(
-        self,
-        q: Tensor,
-        own: list[Tensor],
-        filled: Filled,
-        prompt: list[Tensor] | None,
-        scale: float,
+        self, q: Tensor, own: Kept, filled: Filled, prompt: Kept | None, scale: float
     ) -> Tensor:
-        """One kernel a part. q [R, H, D] -> [R, H, D]."""
+        """One kernel a part. q [R, H_kv, group, D], and so the output."""
         if prompt is None:
-            return flash_filled(q, *own, self.spans(False, 1), filled, scale)[0]
+            o, _ = flash_filled(q.flatten(1, 2), own, self.spans(False, 1), filled, scale)
+            return o.view_as(q)
         # The query heads of one key head see the same keys: they become rows of one matrix.
-        group = q.shape[1] // own[0].shape[2]
-        q = q.unflatten(1, (-1, group)).transpose(1, 2).flatten(0, 1)  # [R * group, H_kv, D]
-        o, lse = flash_filled(q, *own, self.spans(False, group), filled, scale)
-        o_p, lse_p = flash_filled(q, *prompt, self.spans(True, group), self.prompts, scale)
+        group = q.shape[2]
+        q = q.transpose(1, 2).flatten(0, 1)  # [R * group, H_kv, D]
+        o, lse = flash_filled(q, own, self.spans(False, group), filled, scale)
+        o_p, lse_p = flash_filled(q, prompt, self.spans(True, group), self.prompts, scale)
         o = merge_outputs(o, lse.T, o_p, lse_p.T)
-        return o.unflatten(0, (-1, group)).transpose(1, 2).flatten(1, 2)
+        return o.unflatten(0, (-1, group)).transpose(1, 2)
 
     def attend_on_cpu(
-        self,
-        q: Tensor,
-        own: list[Tensor],
-        filled: Filled,
-        prompt: list[Tensor] | None,
-        scale: float,
+        self, q: Tensor, own: Kept, filled: Filled, prompt: Kept | None, scale: float
     ) -> Tensor:
         """As `attend_on_gpu`. The CPU's kernel takes matrices of one size, and masks."""
-        key_heads = own[0].shape[2]
-        q = q.unflatten(1, (key_heads, -1))  # [R, H_kv, group, D]
-        o, lse = flash_masked(q, *own, filled, scale)
+        keys_and_values = (x[:, :, : filled.width] for x in own.by_heads)
+        o, lse = flash_masked(q, *keys_and_values, filled, scale)
         if prompt is not None:
-            there, back = self.places(key_heads, q.shape[2])
-            asked = q.flatten(0, 2).index_select(0, there)
-            asked = asked.view(len(self.counts), key_heads, -1, q.shape[3])
-            o_p, lse_p = flash_masked(asked, *prompt, self.prompts, scale)
+            there, back = self.places(*q.shape[1:3])
+            asked = q.view(-1, q.shape[3]).index_select(0, there)
+            asked = asked.view(len(self.counts), q.shape[1], -1, q.shape[3])
+            o_p, lse_p = flash_masked(asked, *prompt.by_heads, self.prompts, scale)
             o_p = o_p.flatten(0, 2).index_select(0, back).view_as(o)
             lse_p = lse_p.flatten().index_select(0, back).view_as(lse)
             o = merge_outputs(o, lse, o_p, lse_p)
-        return o.flatten(1, 2)
+        return o
 
     def spans(self, by_prompt: bool, group: int) -> Spans:
         """How many queries each response has, or all those of a prompt."""
@@ -203,13 +211,13 @@ class SharedCache:
 
 
 def flash_filled(
-    q: Tensor, k: Tensor, v: Tensor, queries: Spans, filled: Filled, scale: float
+    q: Tensor, kept: Kept, queries: Spans, filled: Filled, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention of stretches of queries q [N, H, D], each to what is filled of its cache: k, v
-    [B, room, H_kv, D] -> o [N, H, D], lse [H, N]. GPU."""
-    spans = (queries.cumulative, filled.cumulative, queries.longest, k.shape[1])
+    """Attention of stretches of queries q [N, H, D], each to what is filled of its cache: o
+    [N, H, D], lse [H, N]. GPU."""
+    spans = (queries.cumulative, filled.cumulative, queries.longest, kept.kv[0].shape[1])
     o, lse, *_ = torch.ops.aten._flash_attention_forward(
-        *(q, k.flatten(0, 1), v.flatten(0, 1), *spans, 0.0, False, False),
+        *(q, *kept.flat, *spans, 0.0, False, False),
         **gpu_options(scale, filled.window),
         seqused_k=filled.lengths,
     )
@@ -219,11 +227,10 @@ def flash_filled(
 def flash_masked(
     q: Tensor, k: Tensor, v: Tensor, filled: Filled, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention of B matrices of queries q [B, H_kv, Q, D], each to what is filled of its cache: k,
-    v [B, room, H_kv, D] -> o [B, H_kv, Q, D], lse [B, H_kv, Q]. CPU."""
-    keys = (x[:, : filled.width].transpose(1, 2) for x in (k, v))
+    """Attention of B matrices of queries q [B, H_kv, Q, D], each to what is filled of its keys and
+    values [B, H_kv, width, D]: o [B, H_kv, Q, D], lse [B, H_kv, Q]. CPU."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, *keys, attn_mask=filled.mask, scale=scale
+        q, k, v, attn_mask=filled.mask, scale=scale
     )
 
 
