@@ -7,7 +7,7 @@ On a GPU the host's work is the floor of a step, however fast the kernels are.
 A Qwen2 of 28 layers, 64 wide, so that the time is the host's; 8 responses to one prompt of 64
 tokens (plain: 8 rows with a cache each). `operations` are all that PyTorch dispatches in one step,
 `kernels` those of them that are no view. Milliseconds: the median of 30 steps. What a GPU would be
-given is counted too, with an attention kernel that does nothing in place of its own.
+given is counted too, with kernels for attention and norms that do nothing in place of its own.
 """
 
 import sys
@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
@@ -64,16 +65,23 @@ def attention(q: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(q), torch.zeros(q.shape[1], len(q))
 
 
+@torch.library.custom_op("decode_step::norm", mutates_args=())
+def norm(x: Tensor) -> Tensor:
+    return x.clone()
+
+
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """The sampler takes the GPU's way, on this CPU: its attention is one operation."""
-    kept = cache.on_gpu, torch.ops.aten._flash_attention_forward
+    """The sampler takes the GPU's way, on this CPU: its attention is one operation, and so is a
+    norm."""
+    kept = cache.on_gpu, torch.ops.aten._flash_attention_forward, F.rms_norm
     cache.on_gpu = lambda x: True
     torch.ops.aten._flash_attention_forward = lambda q, *others, **options: attention(q)
+    F.rms_norm = lambda x, *others: norm(x)
     try:
         yield
     finally:
-        cache.on_gpu, torch.ops.aten._flash_attention_forward = kept
+        cache.on_gpu, torch.ops.aten._flash_attention_forward, F.rms_norm = kept
 
 
 class Count(TorchDispatchMode):

@@ -48,6 +48,29 @@ def build(kind: str) -> PreTrainedModel:
 
 
 @pytest.mark.slow
+def test_every_norm_that_is_fused_is_a_plain_rms_norm():
+    seen, fused = set(), 0
+    for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        try:
+            lm = build(kind)
+        except Exception:  # as below
+            continue
+        policy = Policy(lm)
+        for norm in policy.lm.modules():
+            if "forward" not in vars(norm) or type(norm) in seen:
+                continue
+            seen.add(type(norm))
+            norm.weight.data.normal_()
+            x = torch.randn(5, len(norm.weight)) * 1e-3
+            fused_out = norm(x)
+            del norm.forward
+            torch.testing.assert_close(fused_out, norm(x), rtol=1e-6, atol=1e-7)
+            fused += 1
+    print(f"{fused} kinds of norm")
+    assert fused > 30
+
+
+@pytest.mark.slow
 def test_what_passes_the_probe_is_right_on_long_rows(monkeypatch):
     came_to = defaultdict(list)
     for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):

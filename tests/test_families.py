@@ -1,6 +1,7 @@
 """Model families: each named as supported computes what its plain model does, in every type; what
 would go wrong is refused at loading, in one sentence."""
 
+import copy
 import json
 import shutil
 
@@ -103,6 +104,34 @@ def test_a_supported_family_passes_the_probe(name, dtype):
         packed, sampled, itself = policy(differences)
     assert max(packed, sampled) <= 1e-5 + 6 * torch.finfo(dtype).eps + 2 * itself
     probe(policy, name)
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_fused_norms_compute_what_the_models_own_do(name):
+    plain, ours = model(name), Policy(model(name)).lm
+    fused = 0
+    for own, norm in zip(plain.modules(), ours.modules(), strict=True):
+        if "forward" not in vars(norm):
+            continue
+        fused += 1
+        x = torch.randn(9, len(norm.weight)) * torch.logspace(-4, 4, 9)[:, None]
+        norm.weight.data = own.weight.data = torch.randn_like(own.weight)
+        assert torch.equal(norm(x), own(x))
+        x = x.bfloat16()
+        got, rounded = norm.bfloat16()(x), own.bfloat16()(x)
+        exact = own.float()(x.float())
+        assert (got - exact).norm() <= (rounded - exact).norm()
+    assert (fused == 0) == name.startswith(("gemma3", "cohere", "nanochat")), fused
+
+
+def test_a_copied_policy_has_norms_of_its_own():
+    policy = Policy(model("qwen2"))
+    copied = copy.deepcopy(policy)
+    for parameter in policy.parameters():
+        parameter.data.zero_()
+    row = pack_row(GROUPS)
+    expected = naive_logprobs(model("qwen2"), GROUPS, 1.0)
+    torch.testing.assert_close(copied(response_logprobs, row), expected, rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------- key biases as large as Qwen2.5's
