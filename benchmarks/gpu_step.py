@@ -73,12 +73,19 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 10 * 2 * n**3 / seconds
 
 
+def take_back(lm) -> None:
+    """Leave a model as it was before a Policy was made of it."""
+    lm.config._attn_implementation = "sdpa"
+    for module in lm.modules():
+        vars(module).pop("forward", None)
+
+
 def our_rollout(lm, prompt: list[int], group: int, tokens: int):
     def work():
         sampler = Sampler(Policy(lm), [], tokens, max_in_flight=group)
         sampler.submit(Request(0, prompt, group))
         sampler.collect()
-        lm.config._attn_implementation = "sdpa"
+        take_back(lm)
 
     return work
 
@@ -109,7 +116,7 @@ def our_update(lm, prompt: list[int], responses: torch.Tensor):
         row = pack_row([Group(prompt, responses.tolist())], lm.device)
         lm.zero_grad()
         Policy(lm)(response_logprobs, row).mean().backward()
-        lm.config._attn_implementation = "sdpa"
+        take_back(lm)
 
     return work
 
