@@ -4,6 +4,7 @@ model and against prefix_grouper, the peer with the same idea.
     pip install -r benchmarks/requirements.txt
     python benchmarks/step_cpu.py                  # P=1536 G=8 C=160, as a table
     python benchmarks/step_cpu.py --group 8 32 --sides ours prefix_grouper
+    python benchmarks/step_cpu.py --group 8 32 --turns 8    # updates in one process, taking turns
     python benchmarks/step_cpu.py --curve          # G = 2 to 32 at P=768 C=96: curve.png too
 
 All sides: the same Qwen2 from disk (6 layers, 512 wide, 8 heads over 2 key heads, float32, about
@@ -11,7 +12,8 @@ All sides: the same Qwen2 from disk (6 layers, 512 wide, 8 heads over 2 key head
 1 (no token ends one), beta > 0, one AdamW step, no activation checkpointing. Each side runs in a
 process of its own, so that its peak memory is its own: the figure is the growth of the resident
 set over what it was with model, reference and optimizer made. The first step warms up and is
-left out; times are medians of the others.
+left out; times are medians of the others. With --turns, the updates of ours and of prefix_grouper
+follow each other in one process, so that both meet the same machine; only times are taken.
 
     step    sample, reward, reference log-probabilities, forward and backward, optimizer
     update  the step without sampling
@@ -30,6 +32,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from statistics import median
 
@@ -82,51 +86,56 @@ def prompt_ids(folder: Path, tokenizer) -> list[int]:
 # ------------------------------------------------------------------------------------- the sides
 
 
-def ours(folder: Path, group: int, length: int, repeats: int) -> dict:
+Step = Callable[[], tuple[float, float]]  # makes a step; seconds of all, and of its update
+
+
+def ours(folder: Path, group: int, length: int) -> Step:
     """The programs' own functions: Sampler, group_advantages, update."""
     import grpo
-    from engine.parallel import gathered, processes, shard
+    from engine.parallel import gathered, shard
     from engine.policy import Policy
     from engine.sampler import Request, Sampler
     from rollout import Rollout
     from settings import TrainSettings
 
-    with processes() as device:
-        lm, tokenizer = load(folder)
-        frozen, _ = load(folder)
-        policy = shard(Policy(lm).eval(), device)
-        reference = shard(Policy(frozen.requires_grad_(False).eval()), device)
-        optimizer = torch.optim.AdamW(policy.parameters(), RATE, fused=True)  # as grpo.py has it
-        settings = TrainSettings(beta=BETA, max_tokens_per_micro_batch=10**9)
-        prompt, base, steps, updates = prompt_ids(folder, tokenizer), resident_mb(), [], []
-        for step in range(repeats + 1):
-            started = time.perf_counter()
-            with gathered(policy):
-                sampler = Sampler(policy, [], length, max_in_flight=group)
-                sampler.submit(Request(0, prompt, group, seed=(step,)))
-                ((_, samples),) = sampler.collect()
-            sampled = time.perf_counter()
-            rewards = torch.arange(group) % 2.0  # equal ones would cost no update
-            advantages = grpo.group_advantages(rewards, group)
-            rollout = Rollout(0, None, prompt, samples, [], rewards, advantages)
-            grpo.update(policy, reference, optimizer, [rollout], settings)
-            steps.append(time.perf_counter() - started)
-            updates.append(time.perf_counter() - sampled)
-    return figures(steps, updates, base)
+    lm, tokenizer = load(folder)
+    frozen, _ = load(folder)
+    policy = shard(Policy(lm).eval(), torch.device("cpu"))
+    reference = shard(Policy(frozen.requires_grad_(False).eval()), torch.device("cpu"))
+    optimizer = torch.optim.AdamW(policy.parameters(), RATE, fused=True)  # as grpo.py has it
+    settings = TrainSettings(beta=BETA, max_tokens_per_micro_batch=10**9)
+    prompt, seeds = prompt_ids(folder, tokenizer), count()
+
+    def step() -> tuple[float, float]:
+        started = time.perf_counter()
+        with gathered(policy):
+            sampler = Sampler(policy, [], length, max_in_flight=group)
+            sampler.submit(Request(0, prompt, group, seed=(next(seeds),)))
+            ((_, samples),) = sampler.collect()
+        sampled = time.perf_counter()
+        rewards = torch.arange(group) % 2.0  # equal ones would cost no update
+        advantages = grpo.group_advantages(rewards, group)
+        rollout = Rollout(0, None, prompt, samples, [], rewards, advantages)
+        grpo.update(policy, reference, optimizer, [rollout], settings)
+        ended = time.perf_counter()
+        return ended - started, ended - sampled
+
+    return step
 
 
-def layers_alone(folder: Path, group: int, length: int, repeats: int) -> dict:
+def layers_alone(folder: Path, group: int, length: int) -> Step:
     """Ours, with an attention that answers at once: what the model's own layers take, in
     transformers' code, and all else that a step does."""
     from engine.cache import SharedCache
     from engine.packed import Row
 
     Row.attend = SharedCache.attend = lambda self, layer, q, *others: q.transpose(1, 2)
-    return ours(folder, group, length, repeats)
+    return ours(folder, group, length)
 
 
 def trl(folder: Path, group: int, length: int, repeats: int) -> dict:
-    """TRL's trainer; sampling is what its `_generate` takes, the update is the rest of a step."""
+    """TRL's trainer, which makes all steps itself; sampling is what its `_generate` takes, the
+    update is the rest of a step."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -173,21 +182,21 @@ def trl(folder: Path, group: int, length: int, repeats: int) -> dict:
             train_dataset=Dataset.from_list(prompts), args=config, callbacks=[clock],
         )  # fmt: skip
         trainer.train()
-    return figures(steps, updates, clock.base)
+    return figures(list(zip(steps, updates)), clock.base)
 
 
 def responses_for(group: int, length: int, vocabulary: int) -> torch.Tensor:
     return torch.randint(3, vocabulary, (group, length), generator=torch.Generator().manual_seed(0))
 
 
-def update_loop(lm, logprobs_of, frozen, group: int, repeats: int) -> tuple[list[float], float]:
-    """Times of updates in which `logprobs_of(model)` gives [G, C]."""
+def update_of(lm, logprobs_of: Callable, frozen, group: int) -> Step:
+    """An update in which `logprobs_of(model)` gives [G, C]."""
     import grpo
 
     optimizer = torch.optim.AdamW(lm.parameters(), RATE, fused=True)
     advantages = torch.randn(group, generator=torch.Generator().manual_seed(0))
-    base, updates = resident_mb(), []
-    for _ in range(repeats + 1):
+
+    def step() -> tuple[float, float]:
         started = time.perf_counter()
         with torch.no_grad():
             ref = logprobs_of(frozen)
@@ -198,11 +207,13 @@ def update_loop(lm, logprobs_of, frozen, group: int, repeats: int) -> tuple[list
         torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        updates.append(time.perf_counter() - started)
-    return updates, base
+        seconds = time.perf_counter() - started
+        return seconds, seconds
+
+    return step
 
 
-def naive(folder: Path, group: int, length: int, repeats: int) -> dict:
+def naive(folder: Path, group: int, length: int) -> Step:
     """The plain model over G whole sequences; logits at the responses only."""
     lm, tokenizer = load(folder)
     frozen, _ = load(folder)
@@ -215,11 +226,10 @@ def naive(folder: Path, group: int, length: int, repeats: int) -> dict:
         losses = F.cross_entropy(logits.flatten(0, 1), responses.flatten(), reduction="none")
         return -losses.view(group, length)
 
-    updates, base = update_loop(lm, logprobs, frozen, group, repeats)
-    return figures(updates, updates, base)
+    return update_of(lm, logprobs, frozen, group)
 
 
-def prefix_grouper(folder: Path, group: int, length: int, repeats: int) -> dict:
+def prefix_grouper(folder: Path, group: int, length: int) -> Step:
     """The peer: one padded row a prompt, attention ungrouped into prompt and responses."""
     from prefix_grouper import PrefixGrouper
     from transformers import AttentionInterface
@@ -261,15 +271,27 @@ def prefix_grouper(folder: Path, group: int, length: int, repeats: int) -> dict:
         losses = F.cross_entropy(logits.flatten(0, 1), responses.flatten(), reduction="none")
         return -losses.view(group, length)
 
-    updates, base = update_loop(lm, logprobs, frozen, group, repeats)
-    return figures(updates, updates, base)
+    return update_of(lm, logprobs, frozen, group)
 
 
-def figures(steps: list[float], updates: list[float], base: float) -> dict:
-    return {"step": median(steps[1:]), "update": median(updates[1:]), "memory": peak_mb() - base}
+def figures(times: list[tuple[float, float]], base: float) -> dict:
+    """Of the seconds of steps and their updates, without the first, and of resident memory."""
+    steps, updates = zip(*times[1:])
+    return {"step": median(steps), "update": median(updates), "memory": peak_mb() - base}
 
 
 SIDES = {f.__name__: f for f in (ours, layers_alone, trl, naive, prefix_grouper)}
+
+
+def measure_side(side: str, folder: Path, group: int, length: int, repeats: int) -> dict:
+    if side == "trl":
+        return trl(folder, group, length, repeats)
+    from engine.parallel import processes
+
+    with processes():
+        step = SIDES[side](folder, group, length)
+        base = resident_mb()
+        return figures([step() for _ in range(repeats + 1)], base)
 
 
 # ------------------------------------------------------------------------------------ the floors
@@ -369,6 +391,21 @@ def compare(prompt: int, group: int, length: int, repeats: int, sides: list[str]
         print(f"floor of the {what}: {seconds:.2f} s; ours takes {times:.2f} times as long")
 
 
+def take_turns(prompt: int, group: int, length: int, turns: int) -> None:
+    """The updates of ours and of prefix_grouper, in turns."""
+    from engine.parallel import processes
+
+    with tempfile.TemporaryDirectory() as name, processes():
+        make_model(Path(name), prompt)
+        sides = [side(Path(name), group, length) for side in (ours, prefix_grouper)]
+        times = [[step()[1] for step in sides] for _ in range(turns + 1)][1:]
+    mine, theirs = zip(*times)
+    ratios = sorted(b / a for a, b in times)
+    print(f"P={prompt} G={group} C={length}, {turns} updates each: ours {median(mine):.2f} s, "
+          f"prefix_grouper {median(theirs):.2f} s, {median(ratios):.2f} times as long "
+          f"({ratios[0]:.2f} to {ratios[-1]:.2f})")  # fmt: skip
+
+
 def curve(prompt: int, length: int, repeats: int) -> None:
     sizes, rows = (2, 4, 8, 16, 32), {"ours": [], "trl": []}
     with tempfile.TemporaryDirectory() as name:
@@ -413,16 +450,20 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--length", type=int, help="tokens of each response (C)")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--turns", type=int, help="updates in one process, taking turns")
     args = parser.parse_args()
     if args.side:
         side, folder, group, length, repeats = args.side
-        print(json.dumps(SIDES[side](Path(folder), int(group), int(length), int(repeats))))
+        print(json.dumps(measure_side(side, Path(folder), int(group), int(length), int(repeats))))
         return
     print_machine()
     if args.curve:
         curve(args.prompt or 768, args.length or 96, args.repeats)
-    else:
-        for group in args.group:
+        return
+    for group in args.group:
+        if args.turns:
+            take_turns(args.prompt or 1536, group, args.length or 160, args.turns)
+        else:
             compare(args.prompt or 1536, group, args.length or 160, args.repeats, args.sides)
 
 
