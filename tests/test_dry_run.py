@@ -170,6 +170,17 @@ def test_operations_and_bytes_received_are_counted(tmp_path):
     assert found["update"].received == 3 * (everything + inner + everything)
 
 
+def test_a_gpus_norm_keeps_what_it_was_given_and_a_number_a_token():
+    with dry_run.machine(1, gpu=True) as ledger:
+        x = torch.empty(1000, 64, dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.empty(64, dtype=torch.bfloat16, requires_grad=True)
+        with ledger:
+            out = torch.nn.functional.rms_norm(x, weight.shape, weight, 1e-6)
+        assert ledger.now.total() == 1000 * 64 * 2 + 1000 * 4
+        out.sum().backward()
+        assert (x.grad.shape, weight.grad.shape) == (x.shape, weight.shape)
+
+
 # ------------------------------------------------------------------------------------ at true size
 
 
