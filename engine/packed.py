@@ -51,6 +51,7 @@ class Row:
     groups: Spans  # all responses of a prompt; counted, like the next, from the first response
     responses: Spans  # each response
     before: Tensor  # [N] int64: where in the row the token before each response token stands
+    read: Tensor  # [M] int64: the same places, each once: where last hidden states are read
     cells: tuple[Tensor, Tensor]  # each [N] int64: the place of each response token in [R, C]
     mask: Tensor  # [R, C] bool: which of [R, C] are tokens
     tails: dict[int, tuple[Tensor, Spans]] = field(default_factory=dict)  # see `tail`
@@ -109,6 +110,7 @@ def pack_row(groups: Sequence[Group], device: torch.device | str = "cpu") -> Row
         groups=Spans.of([sum(map(len, group.responses)) for group in groups], device),
         responses=Spans.of(lengths, device),
         before=torch.tensor(before, device=device),
+        read=torch.tensor(sorted(set(before)), device=device),
         cells=tuple(torch.tensor(places, device=device) for places in cells),
         mask=(torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(device),
     )

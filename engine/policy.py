@@ -1,8 +1,8 @@
 """A Hugging Face model whose tokens need not stand in a padded batch of whole sequences.
 
 It is any decoder whose attention goes through transformers' AttentionInterface; but for its norms,
-its code stays as it is. Its tokens come with something that knows what they attend to: a packed row
-(packed.py), or the sampler's batch (cache.py).
+and for what nobody reads of its last layer, its code stays as it is. Its tokens come with something
+that knows what they attend to: a packed row (packed.py), or the sampler's batch (cache.py).
 """
 
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import MethodType
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
@@ -61,6 +62,27 @@ def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
+def spare_unread(decoder: nn.Module) -> None:
+    """Let the MLP of a decoder's last layer, the larger part of it, leave out those tokens of a
+    packed row whose hidden states nobody reads: all of a prompt but its last one."""
+    last = getattr(decoder, "layers", [None])[-1]
+    if hasattr(last, "mlp"):
+        last.forward = MethodType(forward_as_read, last)
+        last.mlp.forward = MethodType(forward_where_read, last.mlp)
+
+
+def forward_as_read(layer: nn.Module, *args, **kwargs) -> Tensor:
+    layer.mlp.read = getattr(kwargs.get("shared"), "read", None)  # only a row has unread tokens
+    return type(layer).forward(layer, *args, **kwargs)
+
+
+def forward_where_read(mlp: nn.Module, x: Tensor) -> Tensor:
+    forward, read = type(mlp).forward, mlp.read
+    if read is None:
+        return forward(mlp, x)
+    return torch.zeros_like(x).index_copy(1, read, forward(mlp, x.index_select(1, read)))
+
+
 class Policy(nn.Module):
     """A causal language model with one door: `policy(compute, ...)` runs `compute(policy, ...)`.
 
@@ -74,6 +96,7 @@ class Policy(nn.Module):
         self.prefill_attention = lm.config._attn_implementation  # reads prompts when sampling
         lm.config._attn_implementation = "shared_prompt"
         fuse_norms(lm)
+        spare_unread(lm.base_model)
 
     def forward(self, compute, *args, **kwargs):
         return compute(self, *args, **kwargs)

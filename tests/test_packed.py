@@ -76,6 +76,26 @@ def test_logprobs_and_every_gradient_equal_the_plain_model(groups, temperature, 
         assert error <= max(1e-5 * e.grad.norm(), 3 * rounding, 1e-6 * total), (name, error)
 
 
+def test_the_last_mlp_leaves_out_what_nobody_reads():
+    policy = Policy(tiny_lm())
+    seen = {}
+    for i, layer in enumerate(policy.lm.model.layers):
+        layer.mlp.gate_proj.register_forward_hook(
+            lambda module, args, out, i=i: seen.update({i: args[0].shape[:2].numel()})
+        )
+    row = pack_row([Group([1] * 9, [[2, 3], [4]]), Group([5] * 7, [[6, 7, 8]])])
+    policy(response_logprobs, row)
+    # Of a prompt its last token is read, of a response all but its last.
+    assert seen == {0: 9 + 3 + 7 + 3, 1: 1 + 1 + 1 + 2}
+    with policy.plain() as lm:
+        lm(torch.tensor([[1] * 9]))
+    assert seen == {0: 9, 1: 9}
+    sampler = Sampler(policy, [], 3)
+    sampler.submit(Request(0, [1] * 9, 4))
+    collect_all(sampler)
+    assert seen == {0: 4, 1: 4}
+
+
 def test_empty_prompt_or_response_is_an_error():
     for empty in (Group([], [[1]]), Group([1], [[1], []])):
         with pytest.raises(ValueError, match="at least one token"):
