@@ -67,6 +67,7 @@ def spare_unread(decoder: nn.Module) -> None:
     packed row whose hidden states nobody reads: all of a prompt but its last one."""
     last = getattr(decoder, "layers", [None])[-1]
     if hasattr(last, "mlp"):
+        last.mlp.read = None
         last.forward = MethodType(forward_as_read, last)
         last.mlp.forward = MethodType(forward_where_read, last.mlp)
 
