@@ -403,7 +403,9 @@ def test_any_number_of_processes_trains_alike(trained, flags, tmp_path, processe
         assert (tmp_path / name).read_text() == (out / name).read_text(), name
     for one, many in zip(metrics(out), metrics(tmp_path), strict=True):
         for name in one.keys() - {"sample_seconds", "update_seconds", "tokens_per_second"}:
-            assert many[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
+            # The mismatch of sampling and update is rounding itself, other in each packed row.
+            rounding = 1e-5 if name.startswith("mismatch") else 1e-6
+            assert many[name] == pytest.approx(one[name], rel=1e-3, abs=rounding), name
     a, b = (AutoModelForCausalLM.from_pretrained(d) for d in (out, tmp_path))
     for x, y in zip(a.parameters(), b.parameters()):
         torch.testing.assert_close(x, y, rtol=0, atol=2e-5)  # of 3 Adam steps of 1e-3
